@@ -1,0 +1,176 @@
+"""The sections of the trainer: optimizer, schedule, training, evaluation, checkpoints, logging."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from hope_train.config.base import Section
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run. Each CMS level follows the same shape over its OWN updates."""
+
+    kind: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warm-up: cosine to `min_ratio`, constant, or warm-up-stable-decay (linear decay at the end)."""
+
+    warmup_tokens: int = Field(0, ge=0)
+    """Length of the linear warm-up, in tokens."""
+
+    min_ratio: float = Field(0.1, ge=0.0, le=1.0)
+    """Final learning rate as a share of the peak (cosine and wsd)."""
+
+    decay_fraction: float = Field(0.2, ge=0.0, le=1.0)
+    """wsd: the share of the run over which the rate decays at the end."""
+
+
+class OptimizerConfig(Section):
+    """Update rule. Who steps when is the business of the levels, not of the rule."""
+
+    name: Literal["adamw"] = "adamw"
+    """torch.optim.AdamW."""
+
+    lr: float = Field(4e-4, gt=0.0)
+    """Peak learning rate (the paper's: 4e-4)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moments."""
+
+    eps: float = Field(1e-8, gt=0.0)
+    """AdamW's epsilon."""
+
+    weight_decay: float = Field(0.1, ge=0.0)
+    """Decoupled weight decay of matrices; vectors, embeddings and memory states are not decayed."""
+
+    fused: bool = False
+    """Use torch's fused kernel."""
+
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning-rate schedule."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)}: each must be in [0, 1)")
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    context_length: int = Field(512, ge=2)
+    """Tokens per sequence."""
+
+    batch_tokens: int = Field(16384, ge=1)
+    """Tokens per optimizer step over the whole job; a multiple of context_length."""
+
+    micro_batch_size: int = Field(4, ge=1)
+    """Sequences per forward pass on one device; the rest is gradient accumulation."""
+
+    tokens: int = Field(4_000_000, ge=1)
+    """Length of the run in tokens, rounded up to whole steps."""
+
+    clip_norm: float | None = Field(1.0, gt=0.0)
+    """Largest gradient norm of each group of equal period. null: no clipping."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the matrix products; memory states, norms and the optimizer stay in fp32."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+
+    recompute: bool = False
+    """Recompute each block's activations in backward instead of keeping them."""
+
+    compile: Literal["none", "memory", "model"] = "none"
+    """torch.compile: of the memory's chunk functions, or of all blocks. Pays after some minutes of training."""
+
+    loss_chunk: int = Field(1024, ge=1)
+    """Tokens whose logits exist at a time in the cross-entropy."""
+
+    deterministic: bool = False
+    """Ask torch for deterministic kernels (exact resume on GPU; CPU is exact without)."""
+
+    threads: int | None = Field(None, ge=1)
+    """CPU threads. null: torch's choice."""
+
+    nan_patience: int = Field(5, ge=1)
+    """Stop after this many steps in a row whose loss or gradient is not finite; such steps are not applied."""
+
+    log_every: int = Field(1, ge=1)
+    """Write a line of metrics every n steps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.batch_tokens % (self.context_length * self.micro_batch_size):
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is not a multiple of context_length*micro_batch_size="
+                f"{self.context_length}*{self.micro_batch_size}={self.context_length * self.micro_batch_size}"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.tokens // self.batch_tokens)
+
+
+class EvalConfig(Section):
+    """WikiText perplexity and validation loss inside the loop."""
+
+    every: int = Field(0, ge=0)
+    """Evaluate every n steps (0: only at the end)."""
+
+    wikitext: str | None = None
+    """A folder with wiki.valid.raw / wiki.test.raw (.gz allowed), or `hub`. null: $HOPE_WIKITEXT, else none."""
+
+    protocols: tuple[Literal["word", "token", "classic"], ...] = ("word",)
+    """`word`: lm-evaluation-harness wikitext 2.0. `token`: windows over the joined text. `classic`: closed vocabulary."""
+
+    stateful: bool = False
+    """Also report word_ppl with the recurrent state carried across the windows of a page, as its own number."""
+
+    pages: int | None = Field(None, ge=1)
+    """Use only the first n pages inside the loop (the figure is then marked partial). null: all."""
+
+    batch_size: int = Field(8, ge=1)
+    """Windows per forward pass."""
+
+    test_at_end: bool = True
+    """Evaluate the test split when the run is complete."""
+
+    validation_batches: int = Field(8, ge=0)
+    """Micro-batches of held-out training text whose loss is reported."""
+
+
+class CheckpointConfig(Section):
+    """What is saved, how often, what is kept."""
+
+    every: int = Field(0, ge=0)
+    """Save every n steps (0: only at the end and on a signal)."""
+
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+
+    keep_every: int = Field(0, ge=0)
+    """Also keep each checkpoint whose step is a multiple of this (0: none)."""
+
+    async_save: bool = False
+    """Write in the background while training goes on."""
+
+
+class LogConfig(Section):
+    """Besides metrics.jsonl and eval.jsonl, which are always written."""
+
+    wandb: bool = False
+    """Weights & Biases; offline when there is no key or WANDB_MODE says so."""
+
+    wandb_project: str = "hope-train"
+    """Project name there."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events into the run directory."""
+
+    progress: bool = True
+    """Show a progress bar when the output is a terminal."""
