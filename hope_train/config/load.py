@@ -131,12 +131,20 @@ def field_docs(kind: type[BaseModel], prefix: str = "") -> Iterable[tuple[str, s
             many = child is not field.annotation
             yield from field_docs(child, f"{key}.N." if many else f"{key}.")
         else:
-            yield key, _type_name(field.annotation), field.get_default(), " ".join((field.description or "").split())
+            text = " ".join((field.description or "").split())
+            yield key, _type_name(field.annotation) + _limits(field.metadata), field.get_default(), text
 
 
 def _type_name(annotation: Any) -> str:
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     return text.replace("typing.", "").replace("Literal", "one of ")
+
+
+def _limits(metadata: Iterable[Any]) -> str:
+    """The range and form a field's value must have, as in `, >= 0, < 1`."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "matches"}
+    found = [(sign, getattr(item, name, None)) for item in metadata for name, sign in signs.items()]
+    return "".join(f", {sign} {value}" for sign, value in found if value is not None)
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

@@ -1,0 +1,338 @@
+"""`hope …`: parses the command line, imports what the command needs, and calls one function.
+
+Importing this file imports neither torch nor any command, so that `hope --help` answers at once. Exit codes:
+0 done, 2 the input is wrong (one line on stderr says what to change), 130 interrupted, 1 an error of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from hope_train import __version__
+from hope_train.errors import UserError
+
+app = typer.Typer(
+    name="hope",
+    help="Pretrain Hope, measure it, sample from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at data; train tokenizers.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+data_app.add_typer(tokenizer_app, name="tokenizer")
+
+# Third-party packages that only some commands need, and the extra that brings each.
+EXTRAS = {
+    "torch": "train",
+    "sentencepiece": "train",
+    "datasets": "train",
+    "pyarrow": "train",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "matplotlib": "report",
+    "lm_eval": "lmeval",
+    "transformers": "lmeval",
+}
+
+# click's UsageError, wherever this version of typer keeps it.
+_UsageError: Any = typer.BadParameter.__base__
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file such as configs/hope_tiny.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides, such as train.tokens=1e6.")
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory (its newest checkpoint) or a checkpoint.")]
+Json = Annotated[bool, typer.Option("--json", help="Print figures as JSON.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hope-train {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """The options of `hope` itself."""
+
+
+@app.command("train")
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(metavar="auto|never|PATH", help="auto: go on from the newest whole checkpoint, if there is one."),
+    ] = "auto",
+    force_config: Annotated[
+        bool, typer.Option("--force-config", help="Go on in a run directory that belongs to another configuration.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Train, or go on training after a stop."""
+    chosen = _overrides(overrides, config)
+    from hope_train.train.run import train_command
+
+    return train_command(config, chosen, resume, force_config, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    overrides: Overrides = None,
+    wikitext: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder with wiki.valid.raw and wiki.test.raw, or `hub`.")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="validation|test", help="Which part of WikiText.")] = "validation",
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(metavar="word|token|classic", help="Which perplexity; may be repeated. Default: the run's."),
+    ] = None,
+    context_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window. Default: the run's.", show_default=False)
+    ] = None,
+    stateful: Annotated[
+        bool, typer.Option("--stateful", help="Also carry the state across a page's windows, as its own number.")
+    ] = False,
+    pages: Annotated[int | None, typer.Option(min=1, help="Only the first n pages (marked as partial).")] = None,
+    as_json: Json = False,
+) -> int:
+    """WikiText perplexity of a checkpoint."""
+    _one_of("--split", split, ("validation", "test"))
+    protocols = protocol or []
+    for name in protocols:
+        _one_of("--protocol", name, ("word", "token", "classic"))
+    chosen = _overrides(overrides, run)
+    from hope_train.evaluate.commands import eval_command
+
+    return eval_command(
+        run=run,
+        overrides=chosen,
+        wikitext=wikitext,
+        split=split,
+        protocols=protocols,
+        context_length=context_length,
+        stateful=stateful,
+        pages=pages,
+        as_json=as_json,
+    )
+
+
+@app.command("generate")
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Stream text from a checkpoint."""
+    from hope_train.generate import generate_command
+
+    return generate_command(run, prompt, max_tokens, temperature, top_p, seed, as_json)
+
+
+@app.command("plan")
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="Kind of accelerator: h200, h100, a100, ...")] = "h200",
+    devices: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    as_json: Json = False,
+) -> int:
+    """Parameters, memory, speed and days of a run before it starts; needs no GPU."""
+    chosen = _overrides(overrides, config)
+    from hope_train.plan.report import plan_command
+
+    return plan_command(config, chosen, device, devices, as_json)
+
+
+@app.command("report")
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories, drawn side by side.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where to write. Default: report/ in the first run.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Draw curves as PNG and one self-contained HTML page."""
+    from hope_train.report.draw import report_command
+
+    return report_command(runs, out, as_json)
+
+
+@app.command("config")
+def config(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A YAML file; with --docs: a key or section to explain.")
+    ] = None,
+    overrides: Overrides = None,
+    docs: Annotated[bool, typer.Option("--docs", help="Explain every field, or the keys and sections named.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Print a resolved configuration as YAML, or what each field means."""
+    from hope_train.config.commands import docs_command, show_command
+
+    if docs:
+        return docs_command([text for text in (config, *(overrides or [])) if text is not None], as_json)
+    if config is None:
+        raise UserError("name a configuration file, or say --docs for the documentation of every field")
+    return show_command(config, _overrides(overrides, config), as_json)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT", help="Files, folders, or sources as `hope data` names them.")
+    ],
+    out: Annotated[str, typer.Option(metavar="FILE", help="The model file to write.")],
+    vocab_size: Annotated[int, typer.Option(min=1, help="Number of pieces.")] = 32000,
+    kind: Annotated[str, typer.Option(metavar="bpe|unigram", help="Kind of model.")] = "bpe",
+    text_field: Annotated[str, typer.Option(help="Column or JSON key that holds the text.")] = "text",
+    split_digits: Annotated[
+        bool, typer.Option("--split-digits/--no-split-digits", help="Each digit is a piece of its own.")
+    ] = True,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Train on about this much text, taken evenly.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the text, where max-bytes limits it.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Train a lossless SentencePiece tokenizer."""
+    _one_of("--kind", kind, ("bpe", "unigram"))
+    from data_pipelines.commands import train_tokenizer_command
+
+    return train_tokenizer_command(inputs, out, vocab_size, kind, text_field, split_digits, max_bytes, seed, as_json)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    batch: Annotated[int, typer.Option(min=0, help="Which global batch.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="How many of its rows.")] = 2,
+    as_json: Json = False,
+) -> int:
+    """Show the text of a batch as the model sees it."""
+    chosen = _overrides(overrides, config)
+    from data_pipelines.commands import inspect_command
+
+    return inspect_command(config, chosen, batch, rows, as_json)
+
+
+@data_app.command("stats")
+def data_stats(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> int:
+    """Count documents, bytes and tokens of a corpus."""
+    chosen = _overrides(overrides, config)
+    from data_pipelines.commands import stats_command
+
+    return stats_command(config, chosen, as_json)
+
+
+def _overrides(texts: Sequence[str] | None, first: str) -> list[str]:
+    """The overrides, after a look at the mistakes people make on the command line. Raises UserError."""
+    if "=" in first and not os.path.exists(first):
+        raise UserError(f"{first!r} stands where a file or folder belongs: name that first, then the overrides")
+    for text in texts or []:
+        if text.startswith("-"):
+            raise UserError(f"{text!r} is not an override: write key=value without dashes, and options before `--`")
+        if "=" not in text:
+            raise UserError(f"{text!r} is not an override: write key=value, for example train.tokens=1e6")
+    return list(texts or [])
+
+
+def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{option} is one of {', '.join(allowed)} (got {value!r})")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line. Returns the exit code; writes at most one line of error to stderr.
+
+    Errors of ours (anything but UserError, usage errors and interrupts) come through with their traceback.
+    """
+    try:
+        return _invoke(typer.main.get_command(app), list(arguments))
+    except UserError as error:
+        return _complain(str(error))
+    except _UsageError as error:
+        return _usage(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = EXTRAS[package]
+        return _complain(f"this needs the package {package}, which is not installed: pip install -e '.[{extra}]'")
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return 0
+
+
+def _invoke(command: Any, arguments: list[str]) -> int:
+    """What click's own `main` does, less its handling of errors, which hides broken pipes that are not stdout's."""
+    try:
+        with command.make_context("hope", arguments) as context:
+            code = command.invoke(context)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _usage(error: Any) -> int:
+    """One line for click's complaint, with a hint where an override was written like an option."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError" and context is not None:
+        print(context.get_help(), file=sys.stderr)
+        return 2
+    message = error.format_message().rstrip(".")
+    option = str(getattr(error, "option_name", "") or "")
+    name = option.lstrip("-")
+    if "." in name:
+        message += f": overrides are written without dashes, {name}=VALUE"
+    path = context.command_path if context is not None else "hope"
+    return _complain(f"{message} (see `{path} --help`)")
+
+
+def _stdout_is_closed() -> bool:
+    """Whether stdout's reader has gone (`| head`); if so stdout leads nowhere from here on, quietly."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def main() -> None:
+    """The console script `hope`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
