@@ -49,8 +49,8 @@ class MemoryConfig(Section):
     rank_one: Literal["both", "w2"] = "both"
     """Which MLP matrices get the rank-one factor of Eq. 88; W1 uses the Sherman-Morrison rate. Open."""
 
-    loss_factor: Literal[0.5, 1.0] = 0.5
-    """Factor of |M(k) - vhat|^2. With 1 repeated keys amplify. Open."""
+    loss_factor: float = 0.5
+    """Factor of |M(k) - vhat|^2: 0.5 or 1. With 1 repeated keys amplify. Open."""
 
     normalize_q: bool = True
     """L2-normalise queries (published)."""
@@ -87,6 +87,8 @@ class MemoryConfig(Section):
                 f"chunk_size={self.chunk_size} and generator_chunk_size={self.generator_chunk_size}: "
                 "one must divide the other"
             )
+        if self.loss_factor not in (0.5, 1.0):
+            raise ValueError(f"loss_factor={self.loss_factor}: it is 0.5 or 1")
         if self.kind == "linear" and self.expansion != 1:
             raise ValueError("expansion applies to MLP memories only; leave it at 1 for kind=linear")
         if self.kind == "linear" and self.rank_one != "both":
@@ -163,7 +165,7 @@ class ModelConfig(Section):
     """Epsilon of every RMSNorm."""
 
     init_std: float = Field(0.02, gt=0.0)
-    """Standard deviation of initial projections; those writing to the residual stream are divided by sqrt(2 n_layers)."""
+    """Standard deviation of initial projections; those that write to the residual stream: / sqrt(2 n_layers)."""
 
     rope_theta: float = Field(10000.0, gt=0.0)
     """Base of the rotary embedding (attention only)."""

@@ -126,7 +126,7 @@ class EvalConfig(Section):
     """A folder with wiki.valid.raw / wiki.test.raw (.gz allowed), or `hub`. null: $HOPE_WIKITEXT, else none."""
 
     protocols: tuple[Literal["word", "token", "classic"], ...] = ("word",)
-    """`word`: lm-evaluation-harness wikitext 2.0. `token`: windows over the joined text. `classic`: closed vocabulary."""
+    """`word`: lm-evaluation-harness wikitext 2.0. `token`: windows of the joined text. `classic`: closed vocabulary."""
 
     stateful: bool = False
     """Also report word_ppl with the recurrent state carried across the windows of a page, as its own number."""
