@@ -1,0 +1,166 @@
+"""SentencePiece without loss: decode(encode(text)) == text for every valid Unicode text.
+
+SentencePiece normalises, collapses white space and adds a space in front by default; all of that is switched off.
+One loss is left in the library: it writes a space as U+2581 inside, so that a U+2581 of the text would come back as a
+space. Here that character never reaches it: the text is cut there and the character's three UTF-8 bytes go between
+the parts as byte pieces.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from hope_train.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SPACE_MARK = "\u2581"
+_SEGMENT = 1 << 16
+# Everything that a lossy model was seen to change.
+_PROBE = " two  spaces \t\r\n\n\u2581 \0\u0007 ﬁ ½ Å e\u0301 漢字 🙂 \ufeff\u00a0\u3000 <unk> <s></s> <|endoftext|> <0x0A>\n "
+
+
+class Tokenizer:
+    """A lossless SentencePiece model with an end-of-text piece.
+
+    Attributes: `path` (where the model came from), `proto` (the file's bytes), `vocab_size` (number of pieces),
+    `eot_id` (end of text; no text encodes to it), `fingerprint` (sha256 of the file, in hex).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read a model file. Raises UserError if it is missing, unreadable, lossy or without an end-of-text piece."""
+        file = Path(path).expanduser()
+        try:
+            proto = file.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"no tokenizer file {path}; `hope data tokenizer train` makes one") from None
+        except OSError as error:
+            raise UserError(f"tokenizer {path}: cannot be read: {error.strerror}") from None
+        self._load(proto, str(path))
+
+    @classmethod
+    def from_proto(cls, proto: bytes, name: str = "(in memory)") -> Tokenizer:
+        """A tokenizer from a model file's bytes; `name` stands for the path in messages. Raises as `__init__`."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._load(proto, name)
+        return tokenizer
+
+    def _load(self, proto: bytes, name: str) -> None:
+        self.path = name
+        self.proto = proto
+        self.fingerprint = hashlib.sha256(proto).hexdigest()
+        try:
+            if not proto:
+                raise RuntimeError("the file is empty")
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"tokenizer {name}: not a SentencePiece model file ({reason})") from None
+        self.vocab_size: int = self._model.get_piece_size()
+        self.eot_id: int = self._model.eos_id()
+        if self.eot_id < 0:
+            raise UserError(f"tokenizer {name}: it has no end-of-text piece (SentencePiece's eos); train one that has")
+        self._bytes = [self._piece_bytes(token) for token in range(self.vocab_size)]
+        mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        self._mark = mark if all(self._model.is_byte(token) for token in mark) else None
+        if self._mark is None or self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(
+                f"tokenizer {name}: it is not lossless (decode(encode(text)) != text), so perplexities per word or byte "
+                "would be wrong; train one with `hope data tokenizer train`"
+            )
+
+    def _piece_bytes(self, token: int) -> bytes:
+        """The text a piece stands for, in UTF-8. A byte piece may be a part of a character."""
+        piece: str = self._model.id_to_piece(token)
+        if self._model.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        if self._model.is_control(token):
+            return b""
+        if self._model.is_unknown(token):
+            return "\ufffd".encode()
+        return piece.replace(SPACE_MARK, " ").encode()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without an end-of-text token. Raises UserError for lone surrogates."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """`encode` of several texts, on `threads` threads; the result does not depend on their number."""
+        segments: list[str] = []
+        plan: list[list[int]] = []  # Per text: numbers of its segments, -1 for a U+2581.
+        for text in texts:
+            _check_unicode(text)
+            entries: list[int] = []
+            for number, part in enumerate(text.split(SPACE_MARK)):
+                if number:
+                    entries.append(-1)
+                for segment in _segments(part):
+                    entries.append(len(segments))
+                    segments.append(segment)
+            plan.append(entries)
+        encoded: list[list[int]] = self._model.encode(segments, num_threads=threads) if segments else []
+        mark = self._mark or []
+        return [[token for entry in entries for token in (mark if entry < 0 else encoded[entry])] for entries in plan]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of token ids. End-of-text gives nothing; bytes that are not UTF-8 give U+FFFD."""
+        return b"".join([self._bytes[int(token)] for token in tokens]).decode("utf-8", errors="replace")
+
+    def decode_stream(self) -> StreamDecoder:
+        """A decoder that takes one token at a time."""
+        return StreamDecoder(self._bytes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model file, byte for byte."""
+        Path(path).write_bytes(self.proto)
+
+
+class StreamDecoder:
+    """Gives what can be printed so far: a character whose bytes come in several tokens is held back until it is whole."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self._pieces = pieces
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The characters that `token` completes; often none."""
+        return self._decoder.decode(self._pieces[int(token)])
+
+    def flush(self) -> str:
+        """The rest at the end of a text: U+FFFD if a character stayed incomplete."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def _segments(text: str) -> Iterator[str]:
+    """Parts of at most `_SEGMENT` characters: SentencePiece needs some 100 bytes for each character at a time.
+
+    A piece has spaces only in front, so a cut before a space that follows another character changes no token.
+    """
+    start = 0
+    while len(text) - start > _SEGMENT:
+        end = start + _SEGMENT
+        space = text.rfind(" ", start + 1, end)
+        while space > start and text[space - 1] == " ":
+            space -= 1
+        if space > start:
+            end = space
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text holds a lone surrogate \\u{ord(text[error.start]):04x} at character {error.start}, "
+            "which is not valid Unicode: repair or remove it"
+        ) from None
