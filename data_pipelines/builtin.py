@@ -76,7 +76,11 @@ def _root() -> Path:
 def _files(root: Path) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _FOLDERS_LEFT_OUT and not name.startswith((".", "config-"))]
+        folders[:] = [
+            name for name in folders if name not in _FOLDERS_LEFT_OUT and not name.startswith((".", "config-"))
+        ]
         # _sysconfigdata_* is the record of one machine's build.
-        found += [Path(folder, name) for name in names if name.endswith(_SUFFIXES) and not name.startswith("_sysconfig")]
+        found += [
+            Path(folder, name) for name in names if name.endswith(_SUFFIXES) and not name.startswith("_sysconfig")
+        ]
     return sorted(found, key=lambda file: hashlib.sha256(file.relative_to(root).as_posix().encode()).digest())

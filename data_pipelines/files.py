@@ -17,7 +17,7 @@ from typing import BinaryIO
 from data_pipelines.documents import Document, check_text
 from hope_train.errors import UserError
 
-SUFFIXES = tuple(kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".zst")) + (".parquet",)
+SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _BOM = b"\xef\xbb\xbf"
 _FINGERPRINT_BYTES = 1 << 16
 
@@ -36,9 +36,7 @@ def find_files(path: Path) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(path, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(folder, name) for name in names if not name.startswith(".") and name.lower().endswith(SUFFIXES)
-        ]
+        found += [Path(folder, name) for name in names if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
     if not found:
         raise UserError(f"{path}: the folder holds no text files; known are {', '.join(SUFFIXES)}")
     return sorted(found, key=lambda file: natural_key(file.relative_to(path).as_posix()))
@@ -141,9 +139,8 @@ def _read_parquet(file: Path, name: str, text_field: str) -> Iterator[Document]:
             kind = table.schema_arrow.field(text_field).type
             if pyarrow.types.is_dictionary(kind):
                 kind = kind.value_type
-            if not (
-                pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_string_view(kind)
-            ):
+            texts = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+            if not any(is_text(kind) for is_text in texts):
                 raise UserError(f"{file}: column {text_field!r} is not text but {kind}; set text_field")
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[text_field]):
@@ -172,7 +169,7 @@ def _reading(file: Path) -> Iterator[BinaryIO]:
                 with gzip.open(raw) as stream:
                     yield stream  # type: ignore[misc]
             elif packing == "zstandard":
-                yield io.BufferedReader(_ZstdReader(raw), 1 << 20)  # type: ignore[type-var,misc]
+                yield io.BufferedReader(_ZstdReader(raw), 1 << 20)
             else:
                 yield raw
     except errors as error:

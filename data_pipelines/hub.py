@@ -86,8 +86,8 @@ def load_hub(name: str, *, split: str, revision: str | None, streaming: bool, ti
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             if not online:
                 raise UserError(
-                    f"hub data set {name}: {hub_address()} cannot be reached (waited {timeout:g} s at most) and there is "
-                    "no usable copy in datasets' cache; name a local folder with data.sources.N.path, or see HF_ENDPOINT"
+                    f"hub data set {name}: {hub_address()} cannot be reached (waited {timeout:g} s at most) and the "
+                    "local cache has no usable copy; name a local folder with data.sources.N.path, or set HF_ENDPOINT"
                 ) from error
             raise UserError(f"hub data set {name} (split {split}): {reason}") from error
     return rows
@@ -100,9 +100,8 @@ def read_hub(
     rows = load_hub(name, split=split, revision=revision, streaming=streaming, timeout=timeout)
     if rows.column_names is not None:
         if text_field not in rows.column_names:
-            raise UserError(
-                f"hub data set {name}: no column {text_field!r}; set text_field to one of: {', '.join(rows.column_names)}"
-            )
+            known = ", ".join(rows.column_names)
+            raise UserError(f"hub data set {name}: no column {text_field!r}; set text_field to one of: {known}")
         rows = rows.select_columns([text_field])
     for number, row in enumerate(_guarded(rows, name), start=1):
         text = row.get(text_field)

@@ -15,13 +15,17 @@ from pathlib import Path
 
 import sentencepiece
 
+from data_pipelines.documents import check_text
 from hope_train.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SPACE_MARK = "\u2581"
 _SEGMENT = 1 << 16
 # Everything that a lossy model was seen to change.
-_PROBE = " two  spaces \t\r\n\n\u2581 \0\u0007 ﬁ ½ Å e\u0301 漢字 🙂 \ufeff\u00a0\u3000 <unk> <s></s> <|endoftext|> <0x0A>\n "
+_PROBE = (
+    " two  spaces \t\r\n\n\u2581 \0\u0007 ﬁ ½ Å e\u0301 漢字 🙂 \ufeff\u00a0\u3000 "
+    "<unk> <s></s> <|endoftext|> <0x0A>\n "
+)
 
 
 class Tokenizer:
@@ -69,8 +73,8 @@ class Tokenizer:
         self._mark = mark if all(self._model.is_byte(token) for token in mark) else None
         if self._mark is None or self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(
-                f"tokenizer {name}: it is not lossless (decode(encode(text)) != text), so perplexities per word or byte "
-                "would be wrong; train one with `hope data tokenizer train`"
+                f"tokenizer {name}: it is not lossless (decode(encode(text)) != text), so perplexities per word or "
+                "byte would be wrong; train one with `hope data tokenizer train`"
             )
 
     def _piece_bytes(self, token: int) -> bytes:
@@ -93,7 +97,7 @@ class Tokenizer:
         segments: list[str] = []
         plan: list[list[int]] = []  # Per text: numbers of its segments, -1 for a U+2581.
         for text in texts:
-            _check_unicode(text)
+            check_text(text, "tokenizer")
             entries: list[int] = []
             for number, part in enumerate(text.split(SPACE_MARK)):
                 if number:
@@ -120,7 +124,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Gives what can be printed so far: a character whose bytes come in several tokens is held back until it is whole."""
+    """Gives what can be printed so far: a character is held back until all of its bytes have come."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self._pieces = pieces
@@ -154,13 +158,3 @@ def _segments(text: str) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"the text holds a lone surrogate \\u{ord(text[error.start]):04x} at character {error.start}, "
-            "which is not valid Unicode: repair or remove it"
-        ) from None

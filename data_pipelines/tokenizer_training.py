@@ -55,7 +55,10 @@ def train_tokenizer(
     if kind not in ("bpe", "unigram"):
         raise UserError(f"tokenizer kind {kind!r} is neither bpe nor unigram")
     if vocab_size < 256 + _SPECIAL_PIECES + 1:
-        raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes, {_SPECIAL_PIECES} special pieces and the characters of the text need room")
+        raise UserError(
+            f"vocab_size={vocab_size} is too small: 256 bytes, {_SPECIAL_PIECES} special pieces and the text's own "
+            "characters need room"
+        )
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"max_bytes={max_bytes} must be at least 1")
     path = model_path(out)
@@ -165,7 +168,10 @@ def _explain(message: str, vocab_size: int, lines: int) -> str:
     if not lines:
         return "no text to train a tokenizer on"
     if found := re.search(r"Vocabulary size too high \(\d+\).*<= (\d+)", message):
-        return f"vocab_size={vocab_size} is too large for this little text: set it to at most {found[1]}, or give more text"
+        limit = found[1]
+        return (
+            f"vocab_size={vocab_size} is too large for this little text: set it to at most {limit}, or give more text"
+        )
     if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return f"vocab_size={vocab_size} is too small for the characters of this text: set it to at least {found[1]}"
     return f"the tokenizer could not be trained: {' '.join(message.split())}"
