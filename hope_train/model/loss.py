@@ -1,0 +1,66 @@
+"""Cross-entropy over a large vocabulary without ever holding all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Target value of positions that are not scored."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass, chunk by chunk: no logits are kept and none are computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk: int) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        low = torch.get_autocast_dtype(x_MD.device.type) if torch.is_autocast_enabled(x_MD.device.type) else x_MD.dtype
+        wide = torch.float64 if x_MD.dtype == torch.float64 else torch.float32
+        with torch.autocast(x_MD.device.type, enabled=False):
+            weight_low_VD = weight_VD.to(low)
+            total = torch.zeros((), dtype=wide, device=x_MD.device)
+            dx_MD = torch.empty_like(x_MD) if need_x else None
+            dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
+            for first in range(0, x_MD.shape[0], chunk):
+                rows = slice(first, first + chunk)
+                x_CD, target_C = x_MD[rows].to(low), target_M[rows]
+                scored_C = target_C != IGNORED
+                index_C1 = target_C.where(scored_C, 0)[:, None]
+                logits_CV = (x_CD @ weight_low_VD.mT).to(wide)
+                lse_C1 = logits_CV.logsumexp(1, keepdim=True)
+                total += ((lse_C1 - logits_CV.gather(1, index_C1))[:, 0] * scored_C).sum()
+                if need_x or need_weight:
+                    d_CV = logits_CV.sub_(lse_C1).exp_()
+                    d_CV.scatter_add_(1, index_C1, torch.full_like(lse_C1, -1.0))
+                    d_low_CV = d_CV.mul_(scored_C[:, None]).to(low)
+                    if dx_MD is not None:
+                        dx_MD[rows] = (d_low_CV @ weight_low_VD).to(dx_MD.dtype)
+                    if dweight_VD is not None:
+                        dweight_VD += d_low_CV.mT @ x_CD
+            if dweight_VD is not None:
+                dweight_VD = dweight_VD.to(weight_VD.dtype)
+        ctx.save_for_backward(dx_MD, dweight_VD)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx_MD, dweight_VD = ctx.saved_tensors
+        return (
+            None if dx_MD is None else dx_MD * grad.to(dx_MD.dtype),
+            None if dweight_VD is None else dweight_VD * grad.to(dweight_VD.dtype),
+            None,
+            None,
+        )
+
+
+def chunked_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, target_BT: Tensor, chunk: int = 1024) -> Tensor:
+    """Sum over scored positions of -log softmax(x W^T)[target], as a 0-d fp32 (or fp64) tensor.
+
+    At most `chunk` rows of logits exist at a time. Under autocast the products are in its dtype, the softmax in fp32.
+    Targets equal to -100 are not scored. Differentiable once, with respect to x and weight.
+    """
+    total: Tensor = _ChunkedCrossEntropy.apply(x_BTD.flatten(0, 1), weight_VD, target_BT.flatten(), chunk)
+    return total
