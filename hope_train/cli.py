@@ -7,6 +7,7 @@ Importing this file imports neither torch nor any command, so that `hope --help`
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -203,7 +204,8 @@ def config(
 @tokenizer_app.command("train")
 def tokenizer_train(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT", help="Files, folders, or sources as `hope data` names them.")
+        list[str],
+        typer.Argument(metavar="INPUT", help="Files, folders, hub:OWNER/NAME[:CONFIG], or builtin:python-docs."),
     ],
     out: Annotated[str, typer.Option(metavar="FILE", help="The model file to write.")],
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of pieces.")] = 32000,
@@ -216,13 +218,17 @@ def tokenizer_train(
         int | None, typer.Option(min=1, help="Train on about this much text, taken evenly.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Chooses the text, where max-bytes limits it.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
     as_json: Json = False,
 ) -> int:
     """Train a lossless SentencePiece tokenizer."""
     _one_of("--kind", kind, ("bpe", "unigram"))
     from data_pipelines.commands import train_tokenizer_command
 
-    return train_tokenizer_command(inputs, out, vocab_size, kind, text_field, split_digits, max_bytes, seed, as_json)
+    train_tokenizer_command(
+        inputs, out, vocab_size, kind, text_field, split_digits, max_bytes, seed, as_json, overwrite
+    )
+    return 0
 
 
 @data_app.command("inspect")
@@ -237,7 +243,8 @@ def data_inspect(
     chosen = _overrides(overrides, config)
     from data_pipelines.commands import inspect_command
 
-    return inspect_command(config, chosen, batch, rows, as_json)
+    inspect_command(config, chosen, batch, rows, as_json)
+    return 0
 
 
 @data_app.command("stats")
@@ -246,7 +253,8 @@ def data_stats(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
     chosen = _overrides(overrides, config)
     from data_pipelines.commands import stats_command
 
-    return stats_command(config, chosen, as_json)
+    stats_command(config, chosen, as_json)
+    return 0
 
 
 def _overrides(texts: Sequence[str] | None, first: str) -> list[str]:
@@ -325,11 +333,15 @@ def _usage(error: Any) -> int:
 def _stdout_is_closed() -> bool:
     """Whether stdout's reader has gone (`| head`); if so stdout leads nowhere from here on, quietly."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # replaced by something that is no file
+        return False
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def main() -> None:
