@@ -18,8 +18,26 @@ from hope_train.errors import UserError
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+# pydantic's words for what goes wrong most often, without its type names.
+_PLAIN = {
+    "model_type": "a section is wanted here, with keys below it",
+    "tuple_type": "a list is wanted here, as in [a, b]",
+    "string_type": "text is wanted here; put numbers and dates between quotes",
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as a string; people mean the number."""
+    """YAML 1.1 reads `1e-3` as a string, where people mean the number, and takes the last of two equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key.value}` is there twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver(
@@ -80,6 +98,7 @@ def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def apply_override(tree: dict[str, Any], text: str) -> None:
     """Set `a.b.c=value` in a raw tree, in place; a number in the path is an index into a list."""
     key, sign, value = text.partition("=")
+    key = key.strip()
     if not sign or not key:
         raise UserError(f"override {text!r} is not of the form key=value")
     try:
@@ -102,6 +121,9 @@ def apply_override(tree: dict[str, Any], text: str) -> None:
                 node[part] = parsed
             else:
                 if node.get(part) is None:
+                    if parts[depth + 1].isdigit():
+                        whole = ".".join(parts[: depth + 1])
+                        raise UserError(f"override {text!r}: there is no list {whole} yet; set it whole, {whole}=[...]")
                     node[part] = {}
                 node = node[part]
         else:
@@ -161,7 +183,7 @@ def _describe(kind: type[BaseModel], item: Any) -> str:
     key = ".".join(str(part) for part in place)
     if item["type"] == "extra_forbidden":
         return f"unknown key `{key}`{_nearest(kind, place)}"
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = _PLAIN.get(str(item["type"]), str(item["msg"]).removeprefix("Value error, "))
     if not key:
         return message
     value = item.get("input")
