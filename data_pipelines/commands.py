@@ -28,7 +28,7 @@ def train_tokenizer_command(
     seed: int = 0,
     as_json: bool = False,
     overwrite: bool = False,
-) -> None:
+) -> int:
     """Train a tokenizer on `inputs` (paths, `hub:owner/name[:config]`, `builtin:python-docs`) into file `out`.
 
     An existing file is left alone unless `overwrite`: models are tied to their tokenizer. Prints the path, the number
@@ -55,6 +55,7 @@ def train_tokenizer_command(
         "bytes_per_token": round(sample_bytes / len(tokenizer.encode(texts.sample)), 4),
     }
     _print(figures, as_json, "tokenizer")
+    return 0
 
 
 class _Counted:
@@ -82,7 +83,7 @@ class _Counted:
 
 def inspect_command(
     config_path: str, overrides: Sequence[str] = (), batch: int = 0, rows: int = 2, as_json: bool = False
-) -> None:
+) -> int:
     """Print the first `rows` rows of global batch `batch` as text, as the model will see them. Raises UserError."""
     if batch < 0 or rows < 1:
         raise UserError(f"batch={batch} must be at least 0 and rows={rows} at least 1")
@@ -103,7 +104,7 @@ def inspect_command(
     figures = {"batch": batch, "batch_rows": len(sample.tokens), "rows": shown}
     if as_json:
         print(json.dumps(figures, ensure_ascii=False))
-        return
+        return 0
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
@@ -113,15 +114,16 @@ def inspect_command(
         resets = "" if entry["starts"] is None else f", memory starts at {entry['starts']}"
         title = f"batch {batch}, row {entry['row']} of {len(sample.tokens)}: window {entry['window']}{resets}"
         console.print(Panel(Text(entry["text"]), title=Text(title), title_align="left"))
+    return 0
 
 
-def stats_command(config_path: str, overrides: Sequence[str] = (), as_json: bool = False) -> None:
+def stats_command(config_path: str, overrides: Sequence[str] = (), as_json: bool = False) -> int:
     """Print documents, tokens, bytes per token and the lengths of documents, for both splits. Raises UserError."""
     bundle, splits = _open(config_path, overrides)
     figures = {**bundle.description, "splits": {split.name: _split_figures(split) for split in splits}}
     if as_json:
         print(json.dumps(figures, ensure_ascii=False))
-        return
+        return 0
     from rich.console import Console
     from rich.table import Table
 
@@ -146,6 +148,7 @@ def stats_command(config_path: str, overrides: Sequence[str] = (), as_json: bool
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     if bundle.description["cut_into_pieces_of"]:
         console.print("few documents: held-out text is pieces of documents", highlight=False)
+    return 0
 
 
 def _open(config_path: str, overrides: Sequence[str]) -> tuple[DataBundle, list[CorpusSplit]]:
