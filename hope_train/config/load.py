@@ -192,23 +192,20 @@ def _describe(kind: type[BaseModel], item: Any) -> str:
 
 
 def _nearest(root: type[BaseModel], place: tuple[Any, ...]) -> str:
-    """The key the user most likely meant: in the same section first, anywhere in the tree next."""
+    """The key the user most likely meant: this very name elsewhere in the tree, a similar one here, one elsewhere."""
     section: type[BaseModel] | None = root
     for part in place[:-1]:
         if isinstance(part, str) and section is not None and part in section.model_fields:
             section = _section_type(section.model_fields[part].annotation)
     wrong = str(place[-1])
     names = list(section.model_fields) if section is not None else []
-    close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
-    prefix = ".".join(str(part) for part in place[:-1])
-    if close:
-        return f" (did you mean `{prefix + '.' if prefix else ''}{close[0]}`?)"
-    elsewhere = [key for key, *_ in field_docs(root) if key.rsplit(".", 1)[-1] == wrong]
-    if not elsewhere:
-        leaves = {key.rsplit(".", 1)[-1]: key for key, *_ in field_docs(root)}
-        elsewhere = [leaves[name] for name in difflib.get_close_matches(wrong, leaves, n=1, cutoff=0.75)]
-    if elsewhere:
-        return f" (did you mean `{elsewhere[0]}`?)"
+    prefix = "".join(f"{part}." for part in place[:-1])
+    leaves = {key.rsplit(".", 1)[-1]: key for key, *_ in field_docs(root)}
+    meant = [leaves[wrong]] if wrong in leaves else []
+    meant += [prefix + name for name in difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)]
+    meant += [leaves[name] for name in difflib.get_close_matches(wrong, leaves, n=1, cutoff=0.75)]
+    if meant:
+        return f" (did you mean `{meant[0]}`?)"
     return f" (known here: {', '.join(names)})" if names else ""
 
 
