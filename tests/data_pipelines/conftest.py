@@ -13,7 +13,10 @@ from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.tokenizer_training import train_tokenizer
 from hope_train.config.data import DataConfig
 
-WORDS = "river stone lamp green walked under seven quietly the a of into memory clock — naïve été 数字 def return x = 1".split()
+WORDS = [
+    *("river", "stone", "lamp", "green", "walked", "under", "seven", "quietly", "the", "a", "of", "into", "memory"),
+    *("clock", "—", "naïve", "été", "数字", "def", "return", "x", "=", "1"),
+]
 
 
 def make_texts(count: int, seed: int = 0, words: int = 40) -> list[str]:

@@ -41,5 +41,5 @@ def test_files_in_other_encodings_are_passed_over(tmp_path: Path, monkeypatch: p
 
 def test_an_installation_without_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "gone"))
-    with pytest.raises(UserError, match="library folder .*gone does not exist"):
+    with pytest.raises(UserError, match=r"library folder .*gone does not exist"):
         list(python_docs())

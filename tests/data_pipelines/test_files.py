@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
@@ -18,7 +20,7 @@ from hope_train.errors import UserError
 TEXTS = ["First line\r\nsecond\tline  \n", "数字 été 🙂\n", " ends with spaces  "]
 
 
-def jsonl(texts: list[str | None], field: str = "text") -> bytes:
+def jsonl(texts: Sequence[str | None], field: str = "text") -> bytes:
     return "".join(json.dumps({"n": 1, field: text}) + "\n" for text in texts).encode()
 
 
@@ -79,7 +81,7 @@ def test_a_folder_is_searched_in_natural_order(tmp_path: Path) -> None:
 def test_natural_order_is_total() -> None:
     names = ["a", "a1", "a01", "a²", "1", "10", "2", "", "b"]
     assert len({json.dumps(natural_key(name)) for name in names}) == len(names)
-    assert sorted(names, key=natural_key) == sorted(reversed(names), key=natural_key)
+    assert sorted(names, key=natural_key) == sorted(names[::-1], key=natural_key)
     assert sorted(["f10", "f9", "f1"], key=natural_key) == ["f1", "f9", "f10"]
 
 
@@ -133,8 +135,6 @@ def test_missing_and_unknown_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_follows_size_time_and_content(tmp_path: Path) -> None:
-    import os
-
     file = tmp_path / "a.txt"
     file.write_text("abc")
     first, status = fingerprint(file), file.stat()

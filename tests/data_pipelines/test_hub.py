@@ -79,7 +79,7 @@ def test_wrong_columns_splits_and_configs_are_named(
         read(local_set, field="n", streaming=streaming)
     with pytest.raises(UserError, match=r"owner/name \(split dev\): .*dev"):
         read(local_set, "dev", streaming=streaming)
-    with pytest.raises(UserError, match="owner/name:other.*other"):
+    with pytest.raises(UserError, match=r"owner/name:other.*other"):
         read(local_set + ":other", streaming=streaming)
 
 
@@ -96,9 +96,10 @@ def test_the_network_switch_is_put_back(local_set: str, monkeypatch: pytest.Monk
     import huggingface_hub.constants
 
     monkeypatch.setattr(hub, "hub_reachable", lambda timeout: False)
-    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    switches = (datasets.config, huggingface_hub.constants)
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
     read(local_set)
-    assert (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE) == before
+    assert [switch.HF_HUB_OFFLINE for switch in switches] == before
 
 
 def test_offline_variables_save_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
