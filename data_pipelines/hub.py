@@ -25,12 +25,16 @@ def hub_reachable(timeout: float) -> bool:
 
     False without a probe where HF_HUB_OFFLINE (or HF_DATASETS_OFFLINE) is set. HF_ENDPOINT names another address.
     """
-    if any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
+    if _switched_off():
         return False
     address = hub_address()
     if address not in _probed:
         _probed[address] = _probe(address, timeout)
     return _probed[address]
+
+
+def _switched_off() -> bool:
+    return any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
 
 
 def hub_address() -> str:
@@ -85,9 +89,10 @@ def load_hub(name: str, *, split: str, revision: str | None, streaming: bool, ti
             # The library raises some thirty kinds of error of several packages; none of them is a defect of ours.
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             if not online:
+                why = "is switched off by the environment" if _switched_off() else f"gave no answer in {timeout:g} s"
                 raise UserError(
-                    f"hub data set {name}: {hub_address()} cannot be reached (waited {timeout:g} s at most) and the "
-                    "local cache has no usable copy; name a local folder with data.sources.N.path, or set HF_ENDPOINT"
+                    f"hub data set {name}: {hub_address()} {why} and the local cache has no usable copy; "
+                    "name a local folder with data.sources.N.path, or set HF_ENDPOINT"
                 ) from error
             raise UserError(f"hub data set {name} (split {split}): {reason}") from error
     return rows
