@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,12 +42,18 @@ class Evaluator:
     """
 
     def __init__(
-        self, config: RunConfig, tokenizer: Tokenizer, device: torch.device | str, context_length: int | None = None
+        self,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        device: torch.device | str,
+        context_length: int | None = None,
+        splits: Sequence[str] | None = None,
     ) -> None:
-        """Read the validation text, and the test text where the run will end on it.
+        """Read the texts.
 
         Args:
             context_length: tokens in a window. None: the training one.
+            splits: which will be asked for. None: validation, and test where eval.test_at_end says so.
 
         Raises:
             UserError: the WikiText named cannot be read, or a protocol does not apply to this tokenizer.
@@ -56,23 +62,26 @@ class Evaluator:
         self.context_length = context_length or config.train.context_length
         if self.context_length < 2:
             raise UserError(f"context_length={self.context_length}: a window has at least 2 tokens")
+        if splits is None:
+            splits = ("validation", "test") if config.eval.test_at_end else ("validation",)
         self.place = wikitext_place(config.eval.wikitext)
         self._texts: dict[str, Text] = {}
         self._tokens: dict[str, list[np.ndarray]] = {}
         self._classics: dict[str, ClassicText] = {}
         if self.place is None:
-            held_out = held_out_text(config.data, tokenizer) if "word" in config.eval.protocols else None
+            word = "word" in config.eval.protocols or config.eval.stateful
+            held_out = held_out_text(config.data, tokenizer) if word and "validation" in splits else None
             if held_out is not None and held_out.pages:
                 self._texts["validation"] = held_out
             return
-        for split in ("validation", "test") if config.eval.test_at_end else ("validation",):
+        for split in splits:
             self._text(split)
             if "classic" in config.eval.protocols:
                 self._classic(split)
 
     def sources(self) -> str:
         """What is measured on what, or that nothing can be: one line to print once."""
-        text = self._texts.get("validation")
+        text = next(iter(self._texts.values()), None)
         if text is None:
             return (
                 f"no WikiText (neither eval.wikitext nor ${ENVIRONMENT} is set): evaluations report the validation "

@@ -1,0 +1,138 @@
+"""`hope eval`: the perplexities of a checkpoint, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hope_train.config.load import apply_override, merge, validate
+from hope_train.config.tree import RunConfig
+from hope_train.errors import UserError
+from hope_train.evaluate.loop import Evaluator, Row
+from hope_train.evaluate.run_files import checkpoint_tokenizer, pick_device
+from hope_train.evaluate.scoring import Progress as Report
+from hope_train.evaluate.sources import ENVIRONMENT
+
+# Everything else is fixed by the checkpoint.
+_FREE = ("eval.", "train.device", "train.precision", "train.threads", "train.loss_chunk", "data.hub_timeout")
+FIGURES = ("word_ppl", "byte_ppl", "bits_per_byte", "token_ppl", "classic_ppl")
+
+
+def eval_command(
+    run: str,
+    overrides: Sequence[str],
+    wikitext: str | None,
+    split: str,
+    protocols: Sequence[str],
+    context_length: int | None,
+    stateful: bool,
+    pages: int | None,
+    as_json: bool,
+) -> int:
+    """Measure the newest checkpoint of run directory `run`, or the checkpoint `run` itself.
+
+    Args:
+        overrides: `eval.*`, `train.device`, `train.precision` and the like; what the checkpoint fixes is refused.
+        wikitext: folder or `hub`; None: what the run's configuration or $HOPE_WIKITEXT says.
+        split: `validation` or `test`.
+        protocols: empty: the run's.
+        context_length: tokens in a window; None: the training one.
+        pages: only the first n. None: all, whatever the run's loop used.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: no such checkpoint, text or tokenizer, or a protocol that does not apply.
+    """
+    for text in overrides:
+        if not text.startswith(_FREE):
+            raise UserError(f"override {text!r}: the checkpoint fixes that; hope eval takes {', '.join(_FREE)}")
+    chosen: dict[str, Any] = {}
+    for text in overrides:
+        apply_override(chosen, text)
+
+    import torch
+
+    from hope_train.checkpoint.store import load_model
+
+    settings = chosen.get("train") or {}
+    device = pick_device(settings.get("device") or "auto")
+    if isinstance(settings.get("threads"), int):
+        torch.set_num_threads(settings["threads"])
+    model, trained, manifest = load_model(run, device)
+    tree = trained.model_dump(mode="json")
+    tree["eval"]["pages"] = None  # The loop may make do with a part; here all is meant unless a part is asked for.
+    tree = merge(tree, chosen)
+    asked = {"wikitext": wikitext, "protocols": list(protocols) or None, "stateful": stateful or None, "pages": pages}
+    tree["eval"].update({key: value for key, value in asked.items() if value is not None})
+    config = validate(RunConfig, tree, origin=run)
+
+    tokenizer = checkpoint_tokenizer(run, config, manifest.tokenizer)
+    evaluator = Evaluator(config, tokenizer, device, context_length, splits=(split,))
+    with _bar(f"{split} of {run}") as progress:
+        rows = evaluator.evaluate(model, split, manifest.step, manifest.tokens, progress)
+    if not rows:
+        raise UserError(
+            f"no WikiText to measure the {split} split on: name a folder with --wikitext DIR (or `hub`), or set "
+            f"${ENVIRONMENT}"
+        )
+    if as_json:
+        print(strict_json(rows))
+    else:
+        print(evaluator.sources())
+        Console().print(_table(rows, f"{run}, step {manifest.step:,}, {manifest.tokens:,} tokens, {split}"))
+    return 0
+
+
+def _table(rows: Sequence[Row], title: str) -> Table:
+    """One line per figure, with what it was measured on: two perplexities never share a name."""
+    table = Table(title=title, title_justify="left")
+    for name in ("figure", "value", "protocol", "text", "pages", "window", "divided by"):
+        table.add_column(name, justify="right" if name in ("value", "pages", "window") else "left")
+    for row in rows:
+        pages = f"{row.get('pages', 'all')}{' (partial)' if row.get('partial') else ''}"
+        protocol = row["protocol"] + (", stateful" if row.get("stateful") else "")
+        for key, value in row.items():
+            if key.endswith(FIGURES):
+                unit = _divisor(key, row["denominators"])
+                window = f"{row['context_length']:,}"
+                table.add_row(key, f"{value:,.4f}", protocol, row["source"], pages, window, unit)
+    return table
+
+
+def _divisor(figure: str, denominators: dict[str, int]) -> str:
+    if "words" in denominators:
+        name = "words" if figure.endswith("word_ppl") else "bytes"
+    else:
+        (name,) = denominators
+    return f"{denominators[name]:,} {name.replace('_', ' ')}"
+
+
+def strict_json(rows: Sequence[Row]) -> str:
+    """Rows as JSON; figures that are not finite become null, which every reader of JSON takes."""
+    tidy = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        for row in rows
+    ]
+    return json.dumps(tidy, ensure_ascii=False)
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Report | None]:
+    """A progress bar on standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
