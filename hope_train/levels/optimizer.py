@@ -178,7 +178,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         self.materialize_state()
         norms = self._grad_norms()
         if finite is None:
-            finite = all(map(math.isfinite, norms.values())) and (loss is None or math.isfinite(float(loss)))
+            finite = all(map(math.isfinite, norms.values())) and (loss is None or _is_finite(loss))
             finite = self.ranks.all_agree(finite and tokens > 0)
         if not finite or tokens == 0:
             self._count("skipped", lambda group: True)
@@ -383,6 +383,10 @@ class LevelOptimizer(torch.optim.Optimizer):
         """
         self.materialize_state()
         named_state.restore(self.param_groups, self.state, saved)
+
+
+def _is_finite(loss: float | Tensor) -> bool:
+    return math.isfinite(loss.detach().item() if isinstance(loss, Tensor) else loss)
 
 
 def _floats(scalars: list[Tensor]) -> list[float]:

@@ -44,12 +44,12 @@ def train(
     steps_in_all = math.ceil(run.train.tokens / run.train.batch_tokens)
     warmup_steps = math.ceil(optimizer.schedule.warmup_tokens / run.train.batch_tokens)
     keys: list[int | None] = [None, *range(len(cms.levels))]
-    period = {key: 1 if key is None else cms.levels[key].period for key in keys}
-    scale = {key: 1.0 if key is None else cms.levels[key].lr_scale for key in keys}
-    warmup = {None: warmup_steps}
-    for key in keys[1:]:
-        own = cms.levels[key].warmup_updates
-        warmup[key] = own if own is not None else (max(1, warmup_steps // period[key]) if warmup_steps else 0)
+    period: dict[int | None, int] = {None: 1}
+    scale: dict[int | None, float] = {None: 1.0}
+    warmup: dict[int | None, int] = {None: warmup_steps}
+    for index, cfg in enumerate(cms.levels):
+        period[index], scale[index], own = cfg.period, cfg.lr_scale, cfg.warmup_updates
+        warmup[index] = own if own is not None else (max(1, warmup_steps // cfg.period) if warmup_steps else 0)
 
     sums = {name: np.zeros_like(value) for name, value in weights.items()}
     counts = dict.fromkeys(keys, 0)

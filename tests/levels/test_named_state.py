@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from hope_train.errors import UserError
+from hope_train.levels.build import build_optimizer
 from tests.levels.toy import Toy, config, flatten
 
 STEPS = 40
@@ -187,3 +188,15 @@ def test_other_models_are_refused_before_anything_changes() -> None:
     with pytest.raises(UserError, match=r"embed\.weight has shape \[7, 3\] in the checkpoint and \[5, 3\]"):
         toy.optimizer.load_named_state(saved)
     assert_same(everything(toy), before)
+
+
+def test_another_order_of_parameters_is_refused() -> None:
+    """torch pairs a state_dict by position: the same names in another order would swap moments silently."""
+    run = config([1, 4])
+    toy, other = Toy(run), Toy(run)
+    turned = build_optimizer(reversed(other.parameters.items()), run)
+    with pytest.raises(UserError, match="another order"):
+        turned.load_state_dict(toy.optimizer.state_dict())
+    toy.step(1)
+    turned.load_named_state(toy.optimizer.named_state())
+    assert_same(flatten(turned.named_state()), flatten(toy.optimizer.named_state()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -107,7 +108,7 @@ def test_updates_count_from_one() -> None:
 
 def test_plan_of_a_run() -> None:
     schedule = {"kind": "cosine", "warmup_tokens": 10 * BATCH_TOKENS - 1}
-    levels = [{}, {"lr_scale": 3.0}, {"warmup_updates": 0}, {}]
+    levels: list[dict[str, Any]] = [{}, {"lr_scale": 3.0}, {"warmup_updates": 0}, {}]
     plan = LevelPlan.from_config(config([1, 4, 8, 64], steps=100, levels=levels, lr=0.5, schedule=schedule))
     assert [part.name for part in plan.sets] == ["core", "level_0", "level_1", "level_2", "level_3"]
     assert [part.level for part in plan.sets] == [None, 0, 1, 2, 3]
