@@ -41,7 +41,10 @@ class FlopCount:
     """The output head, forward."""
 
     recompute: float
-    """Extra forward work in the backward pass (`train.recompute`, `memory.save_every`)."""
+    """Extra forward work in the backward pass (`train.recompute`, `memory.save_every`), all layers."""
+
+    recompute_memory: float
+    """The part of it that the memories do."""
 
     @property
     def layer(self) -> float:
@@ -76,13 +79,11 @@ def count_flops(model: ModelConfig, train: TrainConfig) -> FlopCount:
     terms = tuple(layer_terms(model, train.context_length))
     layer = sum(term.flops for term in terms)
     memory = sum(term.flops for term in terms if term.part == "memory")
-    recompute = 0.0
-    if train.recompute:
-        recompute += model.n_layers * layer
-    if model.arch == "hope" and model.memory.save_every > 1:
-        recompute += model.n_layers * memory
+    saved = model.arch == "hope" and model.memory.save_every > 1
+    recompute_memory = model.n_layers * memory * (train.recompute + saved)
+    recompute = recompute_memory + (model.n_layers * (layer - memory) if train.recompute else 0.0)
     head = 2.0 * model.d_model * model.vocab_size
-    return FlopCount(terms, model.n_layers, head, recompute)
+    return FlopCount(terms, model.n_layers, head, recompute, recompute_memory)
 
 
 def layer_terms(model: ModelConfig, context: int) -> Iterator[Term]:
@@ -151,6 +152,12 @@ def _memory_multiply_adds(memory: MemoryConfig, n: int) -> Iterator[tuple[str, f
     second = sum(o * chunk[box] / 2 for box, o in boxes) if solved_w1 else 0.0
     yield "inverses applied to the right-hand sides (triangular)", first + second
     yield "chunk commits", float(sum(state(o) for _, o in boxes))
+    if memory.momentum:
+        yield "momentum: second decay (triangular)", sum(4 * size * size / 2 for size in distinct)
+        yield "momentum: carried speeds and their commits", 3.0 * sum(state(o) for _, o in boxes)
+        inner = sum((n + hidden if is_mlp else n + o) * chunk[box] / 2 for box, o in boxes)
+        outer = sum((hidden + o) * chunk[box] / 2 for box, o in boxes) if is_mlp else 0.0
+        yield "momentum: writes inside the chunk (triangular)", inner + outer
     yield "output read: state", float(state(n))
     if memory.read == "start":
         return

@@ -47,7 +47,7 @@ def counts_by_component(model: ModelConfig) -> dict[str, int]:
     """Parameters per component, in the order a token meets them; the values add up to `parameter_count`."""
     counts: dict[str, int] = {}
     for name, shape in parameter_shapes(model).items():
-        key = component_of(name)
+        key = component_of(name, model.arch)
         counts[key] = counts.get(key, 0) + math.prod(shape)
     order = ["embedding", "mixer projections", "convolution", "memory initial states", "attention", "mlp"]
     levels = sorted((key for key in counts if key.startswith("cms level")), key=lambda key: int(key.split()[-1]))
@@ -65,8 +65,8 @@ def level_counts(model: ModelConfig) -> dict[int, int]:
     return counts
 
 
-def component_of(name: str) -> str:
-    """The component a parameter belongs to, from its name alone."""
+def component_of(name: str, arch: str) -> str:
+    """The component a parameter belongs to, from its name and the architecture."""
     level = re.search(r"\.cms\.levels\.(\d+)\.", name)
     if level:
         return f"cms level {level[1]}"
@@ -76,7 +76,7 @@ def component_of(name: str) -> str:
         return "output head"
     if ".cms." in name:
         return "cms mix"
-    if "norm" in name.rsplit(".", 2)[-2]:
+    if "norm" in name.removesuffix(".weight").rsplit(".", 1)[-1]:
         return "norms"
     if ".mlp." in name:
         return "mlp"
@@ -84,7 +84,7 @@ def component_of(name: str) -> str:
         return "memory initial states"
     if ".mixer.conv." in name:
         return "convolution"
-    return "attention" if re.search(r"\.[kvo]_proj\.|\.qkv", name) else "mixer projections"
+    return "mixer projections" if arch == "hope" else "attention"
 
 
 def memory_state_shapes(model: ModelConfig) -> dict[str, Shape]:
@@ -126,7 +126,7 @@ def _hope_mixer(model: ModelConfig) -> Iterator[tuple[str, Shape]]:
         yield "q_proj.weight", (width, width)
     if memory.conv_width > 1:
         yield "conv.weight", (width, 1, memory.conv_width)
-    yield "out_norm.weight", (width,)
+    yield "out_norm", (width,)
     yield "out_proj.weight", (width, width)
     for name, shape in memory_state_shapes(model).items():
         yield f"memory.{name}", shape

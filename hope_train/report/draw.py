@@ -28,7 +28,7 @@ class Report:
 
 
 def make_report(paths: Sequence[str], out: str | None = None) -> Report:
-    """Draw the runs into `out`, or `<run>/report` for one run, `report` beside the first run for several.
+    """Draw the runs into `out`, or `<run>/report` (`<first run>/report/with_<others>` for several runs).
 
     Files: report.html (self-contained), and a PNG per plot. Raises UserError for a folder that is no run, a run that
     has logged nothing, an output folder that cannot be written.
@@ -83,7 +83,9 @@ def report_command(runs: list[str], out: str | None = None, as_json: bool = Fals
 
 
 def _default_folder(runs: Sequence[Run]) -> Path:
-    return runs[0].path / "report" if len(runs) == 1 else runs[0].path.resolve().parent / "report"
+    folder = runs[0].path / "report"
+    others = "_".join(run.path.resolve().name for run in runs[1:])
+    return folder / f"with_{others[:100]}" if others else folder
 
 
 def _images(runs: Sequence[Run]) -> dict[str, bytes]:

@@ -47,9 +47,9 @@ def test_two_runs_side_by_side(make_run, tmp_path, capsys):
     assert "17.92" in page
 
 
-def test_default_folder_for_several_runs_is_beside_them(make_run, tmp_path):
+def test_a_comparison_does_not_replace_the_report_of_its_first_run(make_run, tmp_path):
     report = make_report([str(make_run("a", steps=5)), str(make_run("b", steps=5))])
-    assert report.page == tmp_path / "report" / "report.html"
+    assert report.page == tmp_path / "a" / "report" / "with_b" / "report.html"
 
 
 def test_run_without_evaluations_has_no_perplexity_plot(make_run):

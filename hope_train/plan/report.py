@@ -1,0 +1,125 @@
+"""`hope plan`: the plan as tables, or as one JSON object."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from hope_train.config.load import load_config
+from hope_train.plan.costs import Plan, make_plan
+from hope_train.plan.devices import GIB
+from hope_train.plan.flops import CONVENTION
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def plan_command(
+    config: str,
+    overrides: list[str],
+    device: str = "h200",
+    devices: int = 1,
+    as_json: bool = False,
+    mfu: float | None = None,
+) -> int:
+    """Print the plan of the run in file `config`. Returns 0, also when it does not fit: that is an answer.
+
+    Raises UserError for a bad configuration, an unknown device (with the nearest names), a batch that cannot be shared.
+    """
+    plan = make_plan(load_config(config, overrides), device, devices, mfu)
+    if as_json:
+        print(json.dumps(plan.to_dict()))
+        return 0
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(_parameters(plan))
+    console.print(_flops(plan))
+    console.print(_memory(plan))
+    _time(plan, console)
+    style = "bold green" if plan.fits else "bold red"
+    console.print(plan.verdict, style=style, soft_wrap=True)
+    for line in plan.suggestions:
+        console.print(f"  {line}", soft_wrap=True, markup=False)
+    for line in plan.warnings:
+        console.print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
+    return 0
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table as RichTable
+
+    table = RichTable(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _parameters(plan: Plan) -> Table:
+    table = _table(f"{plan.config.name}: parameters", "component", "parameters", "share", "steps every", "updates")
+    by_name = {f"cms level {level.index}": level for level in plan.levels}
+    steps = plan.config.train.total_steps
+    for name, count in plan.components.items():
+        level = by_name.get(name)
+        period, updates = (level.period, level.updates) if level else (1, steps)
+        table.add_row(name, f"{count:,}", f"{count / plan.parameters:.1%}", f"{period:,}", f"{updates:,}")
+    table.add_section()
+    table.add_row("total", f"{plan.parameters:,}", "", "", f"{steps:,} steps")
+    return table
+
+
+def _flops(plan: Plan) -> Table:
+    flops = plan.flops
+    title = f"FLOPs per token at context {plan.config.train.context_length:,} ({CONVENTION})"
+    table = _table(title, "one layer, forward", "MFLOP")
+    for term in flops.layer_terms:
+        table.add_row(f"{term.part}: {term.name}", f"{term.flops / 1e6:,.3f}")
+    table.add_section()
+    table.add_row("one layer", f"{flops.layer / 1e6:,.1f}")
+    table.add_row(f"all {flops.n_layers} layers and the head, forward", f"{flops.forward / 1e6:,.1f}")
+    table.add_row("training", f"{flops.training / 1e6:,.1f}")
+    if flops.recompute:
+        table.add_row("recomputation, apart", f"{flops.recompute / 1e6:,.1f}")
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    train = plan.config.train
+    batch = f"{train.micro_batch_size} sequences of {train.context_length:,} tokens"
+    table = _table(f"memory of one device, {batch}, {train.precision}", "held", "GiB")
+    for item in plan.footprint.items:
+        if not item.transient:
+            table.add_row(item.name, _gib(item.bytes))
+    table.add_section()
+    for item in plan.footprint.items:
+        if item.transient:
+            table.add_row(f"largest of: {item.name}", _gib(item.bytes))
+    table.add_section()
+    table.add_row("peak", _gib(plan.footprint.peak))
+    what = "recurrent state" if plan.config.model.arch == "hope" else "keys and values"
+    table.add_row(f"(inference: {what} of one sequence, fp32)", _gib(plan.state_bytes))
+    return table
+
+
+def _time(plan: Plan, console: Console) -> None:
+    speed, train = plan.speed, plan.config.train
+    per_step = train.batch_tokens / speed.tokens_per_s
+    console.print(
+        f"{plan.devices} x {plan.device.title}: {speed.tokens_per_s:,.0f} tokens/s, {per_step:,.2f} s per step, "
+        f"{_duration(speed.days)} for {train.tokens:,} tokens, MFU {speed.mfu:.1%}, bound by {speed.bound}",
+        soft_wrap=True,
+    )
+    console.print(f"assumed, not measured: {'; '.join(speed.assumptions)}", style="dim", soft_wrap=True)
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:,.3f}" if count < 10 * GIB else f"{count / GIB:,.1f}"
+
+
+def _duration(days: float) -> str:
+    if days >= 2:
+        return f"{days:,.1f} days"
+    hours = days * 24
+    return f"{hours:,.1f} hours" if hours >= 2 else f"{hours * 60:,.1f} minutes"
