@@ -21,12 +21,21 @@ is_new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 }
 
+# An environment whose making was interrupted has no pip yet.
+works() {
+    is_new_enough .venv/bin/python && [ -x .venv/bin/pip ]
+}
+
 find_python() {
     local name
     if [ -n "${PYTHON:-}" ]; then
         command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not a program"
         is_new_enough "$PYTHON" || fail "Python 3.11 or newer is needed; PYTHON=$PYTHON is $("$PYTHON" --version 2>&1)"
         printf '%s\n' "$PYTHON"
+        return
+    fi
+    if works; then
+        printf '%s\n' .venv/bin/python # nothing to choose any more
         return
     fi
     for name in python3 python python3.11 python3.12 python3.13; do
@@ -38,7 +47,7 @@ find_python() {
     fail "Python 3.11 or newer is needed; python3 here is '$(python3 --version 2>&1 || true)'. Install one and say: make setup PYTHON=/path/to/python3.11"
 }
 
-# pip says hundreds of lines; these show that it is alive, and what went wrong. All of them are in .venv/setup.log.
+# pip says hundreds of lines; these show that it is alive. All of them are in .venv/setup.log.
 show_progress() {
     local line found=0
     while IFS= read -r line; do
@@ -48,14 +57,15 @@ show_progress() {
                 if [ $((found % 25)) -eq 0 ]; then printf '      %d packages found\n' "$found"; fi
                 ;;
             "Installing collected packages"*) printf '      installing %d packages\n' "$(tr -cd , <<<"$line" | wc -c | xargs expr 1 +)" ;;
-            ERROR:* | error:*) printf '%s\n' "$line" >&2 ;;
         esac
     done
 }
 
 up_to_date && exit 0
+# Also where .venv is there: a wrong PYTHON is said, not passed over.
+python=$(find_python)
 
-if [ -e .venv ] && ! is_new_enough .venv/bin/python; then
+if [ -e .venv ] && ! works; then
     printf 'setup: .venv has no working Python 3.11 or newer; making it anew\n'
     rm -rf .venv
 fi
@@ -70,7 +80,6 @@ begun=$SECONDS
 rm -f .venv/.stamp
 
 if [ ! -x .venv/bin/python ]; then
-    python=$(find_python)
     printf 'setup 1/3: .venv with %s\n' "$("$python" --version)"
     "$python" -m venv .venv >.venv/setup.log 2>&1 ||
         fail "$python cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv); see .venv/setup.log"
@@ -84,7 +93,10 @@ printf 'setup 2/3: torch\n'
 
 printf 'setup 3/3: the other packages (one to three minutes)\n'
 .venv/bin/python -m pip install --progress-bar off --constraint constraints.txt --editable '.[dev]' 2>&1 |
-    tee .venv/setup.log | show_progress || fail "pip could not install the packages; its whole words are in .venv/setup.log"
+    tee .venv/setup.log | show_progress || {
+    grep -v '^WARNING' .venv/setup.log | tail -n 15 >&2
+    fail "pip could not install the packages; its whole words are in .venv/setup.log"
+}
 
 .venv/bin/python -c 'import torch, hope_train' || fail "torch does not import in .venv"
 printf '%s\n%s\n' "$inputs" "${TORCH_INDEX:-}" >.venv/.stamp

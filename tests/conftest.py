@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch or a tokenizer: workers run side by side, and no test talks to a service.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +48,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = set(deal(slow, part, parts)) | set(deal(fast, part, parts))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
     items[:] = [item for item in items if item.nodeid in kept]
+
+
+_STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The real stderr, before a test's output is captured.
+    config.stash[_STDERR] = os.dup(2)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    os.close(config.stash[_STDERR])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool | None:
+    """A test out of time: the stacks of all threads go to stderr, and its process ends.
+
+    pytest-timeout's own way needs the interpreter, which a hang in native code may hold, and loses the
+    stacks in xdist's workers. This watchdog is a thread of C.
+    """
+    if settings.method != "thread" or item.config.getoption("usepdb"):
+        return None
+    faulthandler.dump_traceback_later(settings.timeout, exit=True, file=item.config.stash[_STDERR])
+    return True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
+    faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

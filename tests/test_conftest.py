@@ -1,4 +1,4 @@
-"""The suite dealt out in parts (`make test-all PART=i/n`), and WikiText that must be there in CI."""
+"""tests/conftest.py: the suite dealt out in parts, WikiText that must be there in CI, the watchdog over each test."""
 
 from __future__ import annotations
 
@@ -109,3 +109,14 @@ def test_the_folder_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setenv("HOPE_WIKITEXT", tmp_path.name)
     assert find_wikitext() == tmp_path.resolve()
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["plain", "xdist"])
+def test_a_test_that_hangs_shows_where_and_fails(suite: Path, workers: list[str]) -> None:
+    # re: a match that takes for ever holds the interpreter, as a hang in native code does.
+    hang = "import pytest, re\n@pytest.mark.timeout(2, method='thread')\ndef test_hang():\n"
+    (suite / "test_it.py").write_text(hang + "    re.match('(a+)+b', 'a' * 64)\n", encoding="utf-8")
+    done = pytest_in(suite, {}, *workers)
+    assert done.returncode != 0
+    assert "Timeout (0:00:02)!" in done.stderr
+    assert "in test_hang" in done.stderr
