@@ -1,0 +1,244 @@
+"""What makes a checkpoint: a folder `step_00001234` whose manifest names every file with its size and sha256.
+
+The manifest is written last and carries a hash of itself, so that a folder is either whole or known not to be. Each
+shard set (`core`, `level_0`, …) says where its files lie, relative to the folder of all checkpoints: a set that has not
+changed may stay in an older checkpoint and be referred to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hope_train.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TRAINER = "trainer.json"
+CHECKPOINTS = "checkpoints"
+_NAME = re.compile(r"step_(\d{8,})")
+_TEMPORARY = re.compile(r"step_\d{8,}\.tmp-.+")
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is partial, or whose files are not those of its manifest. The message names it and says why."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The files of one set."""
+
+    path: str
+    """Folder relative to the folder of all checkpoints: `step_00001234/core`."""
+
+    files: dict[str, FileRecord]
+    """By name in that folder."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a checkpoint but its tensors and the trainer's own state."""
+
+    step: int
+    """Steps of the run so far, i.e. global batches consumed; the next batch has this number."""
+
+    tokens: int
+    """Training tokens consumed."""
+
+    incarnation: str
+    """Who wrote it (see `fence`)."""
+
+    created: str
+    """ISO 8601, UTC."""
+
+    config: dict[str, Any]
+    """The resolved configuration of the run at that time."""
+
+    tokenizer: str
+    """Fingerprint (sha256 of the model file)."""
+
+    data: dict[str, Any]
+    """What fixes the order of samples; equal data means that batch i is the same batch."""
+
+    losses: dict[str, Any]
+    """Figures for people: the last training loss, the last and best validation figures."""
+
+    sets: dict[str, ShardSet]
+    """`core`, `level_0`, …"""
+
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    """Other files in the checkpoint's own folder."""
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return step_name(self.step)
+
+    def references(self) -> set[str]:
+        """Names of other checkpoints whose files this one needs."""
+        return {PurePosixPath(part.path).parts[0] for part in self.sets.values()} - {self.name}
+
+    def set_folder(self, folder: Path, name: str) -> Path:
+        """Where the files of a set lie, for the checkpoint in `folder`, whatever that folder is called now."""
+        first, *rest = PurePosixPath(self.sets[name].path).parts
+        base = folder if first == self.name else folder.parent / first
+        return base.joinpath(*rest)
+
+    def to_json(self) -> str:
+        """The file's text, with a hash of everything else in it."""
+        tree = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**tree, "sha256": _digest(tree)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def step_name(step: int) -> str:
+    """`step_00001234`."""
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None for any other name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Folders named like a published checkpoint, whole or damaged, from the oldest step to the newest."""
+    if not checkpoints.is_dir():
+        return []
+    found = [(step, path) for path in checkpoints.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def list_unfinished(checkpoints: Path) -> list[Path]:
+    """Temporary folders of saves that have not been published (or of checkpoints being deleted)."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(path for path in checkpoints.iterdir() if _TEMPORARY.fullmatch(path.name))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint in `folder`; files are not looked at. Raises DamagedCheckpointError, UserError."""
+    path = folder / MANIFEST
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"checkpoint {folder} has no {MANIFEST}: it is not whole") from None
+    except OSError as error:
+        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} cannot be read: {error.strerror}") from None
+    except ValueError:  # not UTF-8, or not JSON
+        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged: it is not JSON") from None
+    if not isinstance(tree, dict) or tree.pop("sha256", None) != _digest(tree):
+        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged: it does not have its own sha256")
+    version = tree.pop("format", None)
+    if version != FORMAT:
+        raise UserError(f"checkpoint {folder} has format {version}, this version of hope-train reads {FORMAT}")
+    try:
+        sets = {name: ShardSet(part["path"], _records(part["files"])) for name, part in tree.pop("sets").items()}
+        manifest = Manifest(**{**tree, "sets": sets, "files": _records(tree["files"])})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is incomplete: {error}") from None
+    for part in sets.values():
+        place = PurePosixPath(part.path)
+        names = [place, *map(PurePosixPath, part.files)]
+        if any(name.is_absolute() or ".." in name.parts or not name.parts for name in names):
+            raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} leads out of the checkpoints' folder")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """Read the manifest and compare every file with it, contents and all.
+
+    Raises DamagedCheckpointError naming the first file that is missing or not as it was written.
+    """
+    manifest = read_manifest(folder)
+    wanted = [(folder / name, record) for name, record in manifest.files.items()]
+    for set_name, part in manifest.sets.items():
+        place = manifest.set_folder(folder, set_name)
+        wanted += [(place / name, record) for name, record in part.files.items()]
+    # Sizes first: they cost nothing, and a truncated file should not wait for gigabytes of others to be hashed.
+    for path, record in wanted:
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            raise DamagedCheckpointError(f"checkpoint {folder}: {_shown(path, folder)} {reason}") from None
+        if size != record.bytes:
+            raise DamagedCheckpointError(
+                f"checkpoint {folder}: {_shown(path, folder)} has {size} bytes instead of {record.bytes}"
+            )
+    for (path, record), digest in zip(wanted, _hashes(folder, [path for path, _ in wanted]), strict=True):
+        if digest != record.sha256:
+            raise DamagedCheckpointError(
+                f"checkpoint {folder}: {_shown(path, folder)} does not have the sha256 of the manifest"
+            )
+    return manifest
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Every file below `folder` by its path there, with size and hash."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = _hashes(folder, paths)
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, digest)
+        for path, digest in zip(paths, digests, strict=True)
+    }
+
+
+def record_file(path: Path) -> FileRecord:
+    """Size and hash of one file."""
+    return FileRecord(path.stat().st_size, file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hashes(folder: Path, paths: list[Path]) -> list[str]:
+    """Digests of files; hashing lets go of the interpreter's lock, so that several are done at a time."""
+    try:
+        with ThreadPoolExecutor(max_workers=min(8, len(os.sched_getaffinity(0)))) as pool:
+            return list(pool.map(file_sha256, paths))
+    except OSError as error:
+        name = _shown(Path(error.filename), folder) if error.filename else "a file"
+        raise DamagedCheckpointError(f"checkpoint {folder}: {name} cannot be read: {error.strerror}") from None
+
+
+def _records(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, FileRecord]:
+    return {name: FileRecord(int(entry["bytes"]), str(entry["sha256"])) for name, entry in tree.items()}
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _shown(path: Path, folder: Path) -> str:
+    """A file's name for a message: relative to its checkpoint, or to the folder of all where it lies in another."""
+    base = folder if path.is_relative_to(folder) else folder.parent
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
+
+
+def sync_folders(folders: Iterable[Path]) -> None:
+    """Make new names in these folders survive a loss of power."""
+    for folder in folders:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

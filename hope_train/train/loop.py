@@ -1,0 +1,155 @@
+"""The story of a run, from top to bottom: evaluate, then step after step, saving and measuring, until it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.batches import Batch
+from hope_train.levels.report import StepReport
+from hope_train.model.loss import IGNORED
+from hope_train.train.evaluation import evaluate, evaluation_is_due, is_evaluated
+from hope_train.train.metrics import Row, peak_memory_bytes
+from hope_train.train.saving import check_background_save, save, write_line
+from hope_train.train.session import Session
+from hope_train.train.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why the loop ended: `completed`, `signal` or `nan`, and more about it."""
+
+    reason: str
+    detail: str | None = None
+
+
+def train(run: Session, stop: StopRequest) -> Outcome:
+    """Train to the end of the run, or until a stop is asked for or the loss stays not finite.
+
+    Raises:
+        SaveError: the last save failed; the checkpoints before it are whole.
+        FencedError: another process has taken the run over.
+    """
+    config, progress = run.config, run.progress
+    run.display.say(run.evaluator.sources())
+    run.display.start(progress.step, run.total_steps)
+    run.clock.lap()
+    run.model.train()
+    save_is_due = False
+    logged = progress.tokens
+    if evaluation_is_due(run) and not is_evaluated(run, "validation"):
+        evaluate(run, stop, "validation")
+
+    while progress.step < run.total_steps:
+        if (asked := stop.asked()) is not None:
+            save(run, last=True)
+            stop.obeyed()
+            return Outcome("signal", asked)
+
+        index = progress.step
+        wanted = (index + 1) % config.train.log_every == 0 or index + 1 == run.total_steps
+        loss, report, bad_rows = take_step(run, index, measure=wanted)
+        progress.step += 1
+        progress.tokens += config.train.batch_tokens
+        progress.losses["train"] = loss
+
+        if wanted or not report.applied:
+            row = metrics_row(run, loss, report, progress.tokens - logged)
+            logged = progress.tokens
+            if not report.applied:
+                row["refused"] = {"batch": index, "windows": bad_rows}
+            run.writer.fence.check()
+            write_line(run, run.metrics, row)
+            run.loggers.log(row)
+            run.display.step(row, run.total_steps)
+
+        if report.applied:
+            progress.refused = 0
+        else:
+            progress.refused += 1
+            what = f"step {progress.step} is not applied (loss {loss}, gradient norm {report.grad_norm})"
+            run.display.say(f"warning: {what}: batch {index}, windows {_shown(bad_rows)} of the training text")
+            if progress.refused >= config.train.nan_patience:
+                run.writer.finish()
+                first = progress.step - progress.refused
+                return Outcome("nan", f"{progress.refused} steps in a row were not finite: batches {first} to {index}")
+
+        check_background_save(run)
+        save_is_due |= config.checkpoint.every > 0 and progress.step % config.checkpoint.every == 0
+        # Weights that only give NaN must not drive out the last good checkpoint: the save waits for a good step.
+        if save_is_due and report.applied and progress.step < run.total_steps:
+            save_is_due = False
+            save(run)
+        if evaluation_is_due(run) and progress.step < run.total_steps:
+            evaluate(run, stop, "validation")
+
+    save(run, last=True)
+    for split in ("validation", "test") if config.eval.test_at_end else ("validation",):
+        if not is_evaluated(run, split) and not evaluate(run, stop, split):
+            stop_reason = stop.asked()
+            stop.obeyed()
+            return Outcome("signal", stop_reason)
+    return Outcome("completed")
+
+
+def take_step(run: Session, index: int, measure: bool) -> tuple[float, StepReport, list[int]]:
+    """One optimizer step on global batch `index`.
+
+    Returns the mean loss in nats per scored token, the optimizer's report, and, if the step was refused, the windows
+    of the training text that its not-finite micro-batches held (all of the batch's, if only a gradient was not finite).
+    """
+    config, device = run.config.train, run.device
+    batch = run.data.train.batch(index)
+    scored = int((batch.targets != IGNORED).sum())
+    sums = []
+    for tokens_BT, targets_BT, starts_BT in micro_batches(batch, config.micro_batch_size, device):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            nll, _ = run.model.loss(tokens_BT, targets_BT, starts_BT, config.loss_chunk)
+        # Divided by the whole step's count, so that the gradient is the mean over all its tokens, however they are cut.
+        (nll / max(scored, 1)).backward()
+        sums.append(nll.detach())
+    sums_M = torch.stack(sums).double()
+    loss = float(sums_M.sum()) / max(scored, 1)
+    report = run.optimizer.step(tokens=scored, loss=loss, measure=measure)
+    run.optimizer.zero_grad()
+    if report.applied:
+        return loss, report, []
+    windows = run.data.train.window_numbers(index * len(batch.tokens), len(batch.tokens))
+    finite = torch.isfinite(sums_M).cpu().numpy()
+    bad = np.repeat(~finite, config.micro_batch_size)[: len(windows)]
+    return loss, report, (windows if finite.all() else windows[bad]).tolist()
+
+
+def micro_batches(batch: Batch, rows_each: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """(tokens, targets, starts or None), each [rows_each, T], on `device`."""
+    for first in range(0, len(batch.tokens), rows_each):
+        part = slice(first, first + rows_each)
+        starts_BT = None if batch.starts is None else torch.from_numpy(batch.starts[part]).to(device)
+        yield (
+            torch.from_numpy(batch.tokens[part]).to(device),
+            torch.from_numpy(batch.targets[part]).to(device),
+            starts_BT,
+        )
+
+
+def metrics_row(run: Session, loss: float, report: StepReport, tokens: int) -> Row:
+    """A line of metrics.jsonl; `tokens` were trained on since the last one."""
+    return {
+        "step": run.progress.step,
+        "tokens": run.progress.tokens,
+        "loss": loss if np.isfinite(loss) else None,
+        **report.metrics(),
+        "tokens_per_s": tokens / max(run.clock.lap(), 1e-9),
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "time": time.time(),
+    }
+
+
+def _shown(windows: list[int]) -> str:
+    text = ", ".join(map(str, windows[:8]))
+    return text if len(windows) <= 8 else f"{text}, … ({len(windows)})"

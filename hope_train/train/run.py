@@ -1,0 +1,137 @@
+"""`hope train`: check, open, train, and say how it went."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hope_train.checkpoint.fence import FencedError
+from hope_train.checkpoint.writer import SaveError
+from hope_train.config.load import load_config
+from hope_train.train import rundir
+from hope_train.train.display import Display
+from hope_train.train.evaluation import FIGURES
+from hope_train.train.loop import Outcome, train
+from hope_train.train.metrics import strict
+from hope_train.train.session import Session, is_complete, open_session
+from hope_train.train.signals import StopRequest
+
+COMPLETED, CRASHED, NOT_FINITE = 0, 1, 3
+
+
+def train_command(config: str, overrides: Sequence[str], resume: str, force_config: bool, as_json: bool) -> int:
+    """Train by the configuration file `config`, or go on training after a stop.
+
+    Args:
+        overrides: `key=value`, laid over the file.
+        resume: `auto` (the newest whole checkpoint of the run directory, if it has any), `never` (refuse if it has
+            any), or the checkpoint to go on from.
+        force_config: go on in a directory, or from a checkpoint, of another configuration.
+        as_json: print the summary as JSON on stdout, and everything else on stderr.
+
+    Returns:
+        The exit code: 0 completed, or stopped on request after saving; 1 the last save failed, or another process has
+        taken the run over; 3 stopped because the loss was not finite.
+
+    Raises:
+        UserError: something is wrong with the input; nothing has been started.
+    """
+    settings = load_config(config, overrides)
+    display = Display(settings.log.progress, to_stderr=as_json)
+    run_dir = Path(settings.run_dir).expanduser()
+    if resume == "auto" and not force_config and is_complete(settings, run_dir):
+        display.say(f"{run_dir} is complete ({settings.train.total_steps} steps): nothing to do")
+        if as_json:
+            print(json.dumps(rundir.read_stopped(run_dir), ensure_ascii=False))
+        return COMPLETED
+    run = open_session(settings, resume, force_config, display)
+    try:
+        return execute(run, as_json)
+    finally:
+        run.close()
+
+
+def execute(run: Session, as_json: bool = False) -> int:
+    """Train an open run, leave the marker that says why it stopped, and print a summary. Returns the exit code."""
+    try:
+        with StopRequest(run.run_dir) as stop:
+            outcome = train(run, stop)
+    except FencedError as error:
+        run.display.say(f"stopped: {error}")
+        return CRASHED
+    except SaveError as error:
+        mark(run, Outcome("error", str(error)))
+        run.display.say(f"stopped: {error}; the newest whole checkpoint is {_newest(run)}")
+        return CRASHED
+    except KeyboardInterrupt:
+        mark(run, Outcome("signal", "SIGINT twice: aborted without saving"))
+        raise
+    except BaseException as error:
+        mark(run, Outcome("error", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
+        if isinstance(error, torch.OutOfMemoryError):
+            run.display.say("out of memory: lower train.micro_batch_size, or say train.recompute=true")
+        raise
+    mark(run, outcome)
+    run.display.stop()
+    summary = summarise(run, outcome)
+    if as_json:
+        print(json.dumps(strict(summary), ensure_ascii=False), flush=True)
+    else:
+        for line in summary_lines(summary):
+            run.display.say(line)
+    return NOT_FINITE if outcome.reason == "nan" else COMPLETED
+
+
+def mark(run: Session, outcome: Outcome) -> None:
+    """Write STOPPED.json. A disk too full for it is only worth a line: something else is going on already."""
+    more = {"checkpoint": _newest(run), "detail": outcome.detail}
+    try:
+        run.writer.fence.check()
+        rundir.write_stopped(run.run_dir, outcome.reason, run.progress.step, run.progress.tokens, **more)
+    except (OSError, FencedError) as error:
+        run.display.say(f"warning: {rundir.STOPPED} is not written: {error}")
+
+
+def summarise(run: Session, outcome: Outcome) -> dict[str, Any]:
+    """How a run ended, in numbers."""
+    losses = run.progress.losses
+    return {
+        "run": str(run.run_dir),
+        "reason": outcome.reason,
+        "detail": outcome.detail,
+        "step": run.progress.step,
+        "total_steps": run.total_steps,
+        "tokens": run.progress.tokens,
+        "loss": losses.get("train"),
+        "evaluation": {name: entry for name, entry in losses.items() if name.split(" ")[0] in FIGURES},
+        "refused_steps": run.optimizer.skipped,
+        "checkpoint": _newest(run),
+    }
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """The summary for people."""
+    why = summary["reason"] + (f" ({summary['detail']})" if summary["detail"] else "")
+    lines = [f"{why}: step {summary['step']} of {summary['total_steps']}, {summary['tokens']:,} tokens"]
+    if summary["loss"] is not None:
+        lines[0] += f", loss {summary['loss']:.4f}"
+    for name, entry in summary["evaluation"].items():
+        lines.append(f"  {name}: last {entry['last']:.4f}, best {entry['best']:.4f}")
+    if summary["refused_steps"]:
+        lines.append(f"  {summary['refused_steps']} steps were not finite and not applied")
+    lines.append(f"  run directory {summary['run']}, newest checkpoint {summary['checkpoint'] or 'none'}")
+    if summary["reason"] == "signal":
+        lines.append("  the same command goes on from there")
+    return lines
+
+
+def _newest(run: Session) -> str | None:
+    """The newest checkpoint known to be whole, relative to the run directory where it is in it."""
+    last = run.writer.last
+    if last is None:
+        return None
+    return str(last.relative_to(run.run_dir)) if last.is_relative_to(run.run_dir) else str(last)

@@ -1,0 +1,85 @@
+"""What the loop puts on disk: checkpoints and log lines, and what becomes of a full disk."""
+
+from __future__ import annotations
+
+from hope_train.checkpoint.tensors import training_state
+from hope_train.checkpoint.writer import Facts, SaveError
+from hope_train.train import randomness
+from hope_train.train.metrics import JsonLines, Row
+from hope_train.train.session import Session, data_identity
+
+
+def save(run: Session, last: bool = False) -> None:
+    """Save now, unless this very step has been saved. In mid-run a failure is a warning; the last save raises it.
+
+    Raises:
+        SaveError: (with `last`) it failed; older checkpoints are whole.
+        FencedError: another process has taken the run over.
+    """
+    with run.clock.paused():
+        try:
+            run.writer.finish()
+        except SaveError as error:
+            warn(run, error)
+        if run.writer.last_step == run.progress.step:
+            return
+        for file in (run.metrics, run.evaluations):
+            sync(run, file)
+        state = training_state(run.model, run.optimizer)
+        try:
+            # During a row of refused steps the older checkpoints may be the better ones: none is deleted then.
+            run.writer.save(state, facts(run), wait=last, prune=run.progress.refused == 0)
+        except SaveError as error:
+            if last:
+                raise
+            warn(run, error)
+
+
+def check_background_save(run: Session) -> None:
+    """Notice a background save that has failed. Raises FencedError."""
+    try:
+        run.writer.poll()
+    except SaveError as error:
+        warn(run, error)
+
+
+def warn(run: Session, error: SaveError) -> None:
+    """One line about a save in mid-run that failed."""
+    newest = run.writer.last.name if run.writer.last is not None else "none"
+    run.display.say(f"warning: {error}; training goes on (newest whole checkpoint: {newest})")
+
+
+def facts(run: Session) -> Facts:
+    """What the checkpoint of this moment says besides its tensors."""
+    progress = run.progress
+    return Facts(
+        step=progress.step,
+        tokens=progress.tokens,
+        config=run.config.model_dump(mode="json"),
+        tokenizer=run.data.tokenizer.fingerprint,
+        data=data_identity(run.config, run.data),
+        losses=dict(progress.losses),
+        trainer={"random": randomness.capture(), "refused": progress.refused},
+    )
+
+
+def write_line(run: Session, file: JsonLines, row: Row) -> None:
+    """Append to a log. A disk that is full for a while costs no line and no run."""
+    try:
+        file.write(row)
+    except OSError as error:
+        _warn_of_log(run, file, error)
+
+
+def sync(run: Session, file: JsonLines) -> None:
+    """Bring a log to the disk, so that after a loss of power it is not shorter than the checkpoint."""
+    try:
+        file.sync()
+    except OSError as error:
+        _warn_of_log(run, file, error)
+
+
+def _warn_of_log(run: Session, file: JsonLines, error: OSError) -> None:
+    run.display.say(
+        f"warning: {file.path.name}: {error.strerror}; its lines are kept and written when that is possible"
+    )

@@ -1,0 +1,247 @@
+"""Everything a run needs, opened and checked before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipelines.batches import DataBundle, open_data, open_tokenizer
+from hope_train.checkpoint.fence import refuse_if_in_use
+from hope_train.checkpoint.manifest import CHECKPOINTS, Manifest, list_checkpoints
+from hope_train.checkpoint.store import check_state, find_checkpoint, load_state, newest_whole, read_trainer
+from hope_train.checkpoint.tensors import training_state
+from hope_train.checkpoint.writer import CheckpointWriter
+from hope_train.config.tree import RunConfig
+from hope_train.errors import UserError
+from hope_train.evaluate.loop import Evaluator
+from hope_train.evaluate.run_files import pick_device
+from hope_train.levels.build import build_optimizer
+from hope_train.levels.optimizer import LevelOptimizer
+from hope_train.model.hope import HopeModel, build_model
+from hope_train.train import randomness, rundir
+from hope_train.train.display import Display
+from hope_train.train.loggers import Loggers, check_loggers
+from hope_train.train.metrics import JsonLines, Stopwatch
+
+
+@dataclass
+class Progress:
+    """How far a run is; all of it is in every checkpoint."""
+
+    step: int = 0
+    """Global batches consumed, whether their step was applied or not; the next batch has this number."""
+
+    tokens: int = 0
+    """Training tokens consumed."""
+
+    refused: int = 0
+    """Steps in a row, up to now, that were not applied."""
+
+    losses: dict[str, Any] = field(default_factory=dict)
+    """`train` (the last step's), and by figure of evaluation its last and best values."""
+
+
+@dataclass
+class Session:
+    """An open run."""
+
+    config: RunConfig
+    run_dir: Path
+    device: torch.device
+    data: DataBundle
+    model: HopeModel
+    optimizer: LevelOptimizer
+    evaluator: Evaluator
+    progress: Progress
+    writer: CheckpointWriter
+    metrics: JsonLines
+    evaluations: JsonLines
+    loggers: Loggers
+    display: Display
+    clock: Stopwatch
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.train.total_steps
+
+    def close(self) -> None:
+        """Close the logs. Raises OSError if a line could not be written to the last."""
+        self.loggers.close()
+        self.display.stop()
+        try:
+            self.metrics.close()
+        finally:
+            self.evaluations.close()
+
+
+def is_complete(config: RunConfig, run_dir: Path) -> bool:
+    """Whether this run has been trained, saved and evaluated to its end already."""
+    stopped = rundir.read_stopped(run_dir)
+    return stopped.get("reason") == "completed" and stopped.get("step", 0) >= config.train.total_steps
+
+
+def open_session(config: RunConfig, resume: str, force: bool, display: Display) -> Session:
+    """Check everything, build model and optimizer, load the checkpoint to go on from, and take the directory over.
+
+    Nothing is written (but the cache of tokenised text) before all checks have passed.
+
+    Args:
+        resume: `auto`, `never`, or the checkpoint to go on from.
+        force: go on although the directory, or the checkpoint, is of another configuration.
+
+    Raises:
+        UserError: whatever is wrong with the input.
+    """
+    run_dir = Path(config.run_dir).expanduser()
+    rundir.check_directory(run_dir)
+    refuse_if_in_use(run_dir)
+    check_loggers(config)
+    device = pick_device(config.train.device)
+    tokenizer = open_tokenizer(config.data, config.model.vocab_size)
+    changed = rundir.check_owner(run_dir, config, tokenizer, force)
+    found = choose_checkpoint(run_dir, resume, display.say)
+    if found is not None:
+        check_same_run(*found, config, tokenizer.fingerprint, force)
+    prepare_torch(config)
+    evaluator = Evaluator(config, tokenizer, device)
+    data = open_data(config.data, config.train, config.seed, config.model.vocab_size)
+    if found is not None:
+        check_same_data(*found, data_identity(config, data), force)
+
+    randomness.seed_everything(config.seed)
+    model = build_model(config.model, config.seed).to(device)
+    optimizer = build_optimizer(model.named_parameters(), config)
+    progress = Progress() if found is None else load_progress(*found, model, optimizer)
+    apply_options(config, model)
+
+    fence = rundir.open_directory(run_dir, config, tokenizer, progress.step)
+    keep = config.checkpoint
+    writer = CheckpointWriter(fence, keep.keep_last, keep.keep_every, keep.async_save, display.say)
+    writer.remove_unfinished()
+    writer.set_aside(after=progress.step)
+    if found is not None and found[0].resolve().parent == writer.checkpoints.resolve():
+        writer.last, writer.last_step = found[0], found[1].step
+    if changed:
+        display.say(f"configuration changed since the last start: {', '.join(changed)}")
+    for line in optimizer.plan.warnings():
+        display.say(f"warning: {line}")
+    if found is not None:
+        display.say(f"going on from {found[0]} (step {progress.step}, {progress.tokens:,} tokens)")
+    return Session(
+        config=config,
+        run_dir=run_dir,
+        device=device,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        evaluator=evaluator,
+        progress=progress,
+        writer=writer,
+        metrics=JsonLines(run_dir / rundir.METRICS),
+        evaluations=JsonLines(run_dir / rundir.EVALUATIONS),
+        loggers=Loggers(config, run_dir, progress.step, display.say),
+        display=display,
+        clock=Stopwatch(),
+    )
+
+
+def choose_checkpoint(run_dir: Path, resume: str, tell: Any) -> tuple[Path, Manifest] | None:
+    """The checkpoint to go on from, verified; None: start from the beginning. Raises UserError."""
+    there = list_checkpoints(run_dir / CHECKPOINTS)
+    if resume == "never":
+        if there:
+            raise UserError(
+                f"run directory {run_dir} has checkpoints already (the newest is {there[-1].name}): choose another "
+                "name= or dir=, or leave --resume at auto to go on from there"
+            )
+        return None
+    if resume != "auto":
+        return find_checkpoint(resume, tell)
+    found = newest_whole(run_dir, tell)
+    if found is None and there:
+        raise UserError(
+            f"run directory {run_dir} has checkpoints, but none of them is whole: move {run_dir / CHECKPOINTS} away to "
+            "start from the beginning, or choose another name= or dir="
+        )
+    return found
+
+
+def check_same_run(folder: Path, manifest: Manifest, config: RunConfig, tokenizer: str, force: bool) -> None:
+    """Refuse a checkpoint of another model or tokenizer. With `force` only the shapes, later, have to fit."""
+    if force:
+        return
+    keys = rundir.differences(manifest.config.get("model"), config.model.model_dump(mode="json"), "model.")
+    if keys:
+        raise UserError(
+            f"checkpoint {folder} is of another model: {', '.join(keys[:3])} differ from this configuration; use that "
+            "model, or say --force-config to load it all the same"
+        )
+    if manifest.tokenizer != tokenizer:
+        raise UserError(
+            f"checkpoint {folder} was trained with another tokenizer ({manifest.tokenizer[:12]}, this one is "
+            f"{tokenizer[:12]}): set data.tokenizer to that one"
+        )
+
+
+def check_same_data(folder: Path, manifest: Manifest, identity: dict[str, Any], force: bool) -> None:
+    """Refuse to go on with batches that are not those the run began with."""
+    keys = rundir.differences(manifest.data, identity)
+    if keys and not force:
+        raise UserError(
+            f"checkpoint {folder} was trained on other data ({', '.join(keys)} differ): samples would be lost or seen "
+            "twice; restore the text, or say --force-config to go on with the new one"
+        )
+
+
+def data_identity(config: RunConfig, data: DataBundle) -> dict[str, Any]:
+    """All that global batch i depends on: the text, how it is cut, and the seed of its order."""
+    return {
+        "text": data.description["corpus"]["content"],
+        "validation_fraction": config.data.validation_fraction,
+        "windows": data.train.windows,
+        "context_length": data.train.context_length,
+        "batch_sequences": data.train.batch_sequences,
+        "reset_at_documents": data.train.reset_at_documents,
+        "seed": config.seed,
+    }
+
+
+def load_progress(folder: Path, manifest: Manifest, model: HopeModel, optimizer: LevelOptimizer) -> Progress:
+    """Put a verified checkpoint into model, optimizer and random generators. Raises UserError for another model."""
+    state = training_state(model, optimizer)
+    check_state(folder, manifest, state)
+    load_state(folder, manifest, state)
+    optimizer.load_named_state(
+        {
+            name: {key: tensor for key, tensor in part.items() if key.startswith("optimizer.")}
+            for name, part in state.items()
+        }
+    )
+    trainer = read_trainer(folder)
+    randomness.restore(trainer["random"])
+    return Progress(manifest.step, manifest.tokens, int(trainer["refused"]), dict(manifest.losses))
+
+
+def prepare_torch(config: RunConfig) -> None:
+    """Threads and determinism, before anything is computed."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    if config.train.deterministic:
+        randomness.make_deterministic()
+
+
+def apply_options(config: RunConfig, model: HopeModel) -> None:
+    """Recompute and compile as configured. Raises UserError where the model has nothing of the kind."""
+    model.recompute = config.train.recompute
+    if config.train.compile == "model":
+        for block in model.blocks.values():
+            block.compile()  # in place: parameters keep their names
+    elif config.train.compile == "memory":
+        compile_memory = getattr(model, "compile_memory", None)
+        if config.model.arch != "hope" or compile_memory is None:
+            raise UserError(f"train.compile=memory: arch={config.model.arch} has no memory; say model or none")
+        compile_memory()

@@ -1,0 +1,81 @@
+"""Asking a run to stop: signals, and a file called STOP in the run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+STOP_FILE = "STOP"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(Exception):
+    """A stop was asked for during work that may be dropped and done again."""
+
+
+class StopRequest:
+    """Remembers that a stop was asked for; the loop looks at it between steps. Use as a context manager.
+
+    A first signal lets the step finish and the run save. A second SIGINT aborts at once (KeyboardInterrupt): whoever
+    presses Ctrl-C twice does not want to wait. Outside the main thread only the file is looked at.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file = run_dir / STOP_FILE
+        self.signal: str | None = None
+        self._interrupts = 0
+        self._droppable = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                raise KeyboardInterrupt
+        if self.signal is None:
+            self.signal = signal.Signals(number).name
+        if self._droppable:
+            self._droppable = False
+            raise Interrupted
+
+    def asked(self) -> str | None:
+        """Who asked for a stop: `SIGTERM`, `STOP file`, … None: nobody."""
+        if self.signal is None and self.file.exists():
+            return f"{STOP_FILE} file"
+        return self.signal
+
+    def obeyed(self) -> None:
+        """Remove the STOP file: it has been obeyed, and is no order to the next start."""
+        with contextlib.suppress(OSError):
+            self.file.unlink()
+
+    @contextlib.contextmanager
+    def droppable(self) -> Iterator[None]:
+        """A block that a signal cuts short, by raising Interrupted, instead of waiting for its end.
+
+        For work without a trace in the run's state, such as an evaluation that takes minutes.
+        """
+        self._droppable = True
+        try:
+            if self.asked() is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._droppable = False
