@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hope_train.report.runs import Run, eval_label, is_partial, is_wikitext
+from hope_train.report.runs import Run, eval_label, figure_name, is_partial, is_wikitext
 from hope_train.report.summary import PUBLISHED, PUBLISHED_SIZE, best_word_ppl
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ def word_ppl_figure(runs: Sequence[Run]) -> Figure | None:
         values += [*published.values()]
     axes.set_ylim(min(values) / 1.35, max(values) * 1.35)
     _plain_log_ticks(axes)
-    axes.set_ylabel("word_ppl (log)")
+    names = {figure_name(row) for run in runs for rows in run.eval_series("word_ppl").values() for row in rows}
+    axes.set_ylabel(f"{' / '.join(sorted(names, key=len))} (log)")
     axes.set_title("WikiText perplexity per word" if on_wikitext else "Perplexity per word (not WikiText)")
     _finish(axes, runs, legend="upper right")
     axes.margins(x=0.06)

@@ -45,7 +45,7 @@ _TEMPLATE = """<!doctype html>
 <tbody>{% for label, cells in summary_rows %}
 <tr><th>{{ label }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
 </tbody></table></div>
-<p class="note">The final loss is the mean over the last {{ final_steps }} logged steps. The best word_ppl prefers
+<p class="note">The final loss is the mean over the last {{ final_steps }} logged steps. The best perplexity prefers
 complete evaluations to partial ones.</p>
 {% for note in notes %}<p class="note">{{ note }}</p>{% endfor %}
 
@@ -110,13 +110,14 @@ def summary_rows(summaries: Sequence[Summary]) -> list[tuple[str, list[str]]]:
         ("tokens", [_number(s.tokens) for s in summaries]),
         ("final loss (nats/token)", [_number(s.final_loss) for s in summaries]),
         ("best validation loss", [_number(s.best_validation_loss) for s in summaries]),
-        ("best word_ppl", [_number(s.best_word_ppl) for s in summaries]),
+        ("best perplexity per word", [_number(s.best_word_ppl) for s in summaries]),
+        ("… logged as", [s.word_ppl_name or "–" for s in summaries]),
         ("… measured on", [s.word_ppl_what or "–" for s in summaries]),
         ("… after tokens", [_number(s.word_ppl_tokens) for s in summaries]),
         ("word_ppl, whole test split", [_number(s.test_word_ppl) for s in summaries]),
         ("median tokens/s", [_number(s.median_tokens_per_s) for s in summaries]),
         ("peak memory", [_gib(s.peak_memory_bytes) for s in summaries]),
-        ("resumed", [f"{s.resumes} times" if s.resumes != 1 else "once" for s in summaries]),
+        ("log cut back by a resume", [f"{s.resumes} times" if s.resumes else "–" for s in summaries]),
         ("stopped", [s.stopped for s in summaries]),
     ]
     return [(label, cells) for label, cells in rows if any(cell != "–" for cell in cells)]

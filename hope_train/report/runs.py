@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ PERPLEXITIES = ("word_ppl", "byte_ppl", "bits_per_byte", "token_ppl", "classic_p
 """Keys of an evaluation that are figures of merit, lower is better."""
 
 _MEASURED = (*PERPLEXITIES, "validation_loss")
+
+_PREFIXES = ("heldout_stateful_", "heldout_", "stateful_")
+"""Names under which other text and another way of reading are logged: nobody is to take them for the plain figure."""
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Run:
     config: Mapping[str, Any]
     stopped: Mapping[str, Any] | None
     resumes: int = 0
-    """How often the log goes back to an earlier step."""
+    """How often the log went back to an earlier step, or what lay beyond a checkpoint was cut off it."""
 
     notes: list[str] = field(default_factory=list)
     """What was odd about the files, one sentence each."""
@@ -84,7 +87,8 @@ def read_run(path: Path, name: str | None = None) -> Run:
     if not metrics:
         raise UserError(f"{source} holds no logged step yet: nothing to report")
     evals_path = path / "eval.jsonl"
-    evals = _latest(_lines(evals_path, notes)) if evals_path.is_file() else []
+    evals = _latest(map(_plain_names, _lines(evals_path, notes))) if evals_path.is_file() else []
+    resumes += len(list(path.glob("metrics.beyond-*.jsonl")))
     config = _mapping(path / "config.yaml", notes)
     label = name or str(config.get("name") or path.resolve().name)
     return Run(label, path, metrics, evals, config, _mapping(path / "STOPPED.json", notes) or None, resumes, notes)
@@ -116,6 +120,11 @@ def eval_label(row: Row) -> str:
     if row.get("stateful"):
         parts.append("stateful")
     return ", ".join(part for part in parts if part) or "evaluation"
+
+
+def figure_name(row: Row, key: str = "word_ppl") -> str:
+    """The name under which the run logged a figure: `heldout_word_ppl` is no word_ppl of WikiText."""
+    return f"{row.get('prefix', '')}{key}"
 
 
 def is_partial(row: Row) -> bool:
@@ -165,7 +174,18 @@ def _ordered(rows: Iterator[Row]) -> tuple[list[Row], int]:
     return kept, resumes
 
 
-def _latest(rows: Iterator[Row]) -> list[Row]:
+def _plain_names(row: Row) -> Row:
+    """The row with figures under their plain names; what was in the names is in `prefix`, `stateful` and `source`."""
+    for prefix in _PREFIXES:
+        found = [key for key in PERPLEXITIES if f"{prefix}{key}" in row]
+        if found:
+            plain = {key: value for key, value in row.items() if key.removeprefix(prefix) not in found}
+            plain |= {key: row[f"{prefix}{key}"] for key in found} | {"prefix": prefix}
+            return plain | ({"stateful": True} if "stateful" in prefix else {})
+    return row
+
+
+def _latest(rows: Iterable[Row]) -> list[Row]:
     """The newest line for each kind of evaluation at each step. An evaluation of an old checkpoint may come late."""
     newest: dict[tuple[Any, ...], Row] = {}
     for row in rows:

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hope_train.report.runs import Row, Run, eval_label, is_partial, is_wikitext
+from hope_train.report.runs import Row, Run, eval_label, figure_name, is_partial, is_wikitext
 
 FINAL_STEPS = 20
 """The final loss is the mean over this many logged steps at the end: a single step's loss is mostly noise."""
@@ -39,6 +39,9 @@ class Summary:
     final_loss: float | None
     best_validation_loss: float | None
     best_word_ppl: float | None
+    word_ppl_name: str | None
+    """The name it was logged under: `word_ppl`, or `heldout_word_ppl` where no WikiText was at hand."""
+
     word_ppl_what: str | None
     """Source, split, protocol of `best_word_ppl`, and whether it is partial or stateful."""
 
@@ -76,6 +79,7 @@ def summarise(run: Run) -> Summary:
         final_loss=statistics.fmean(losses[-FINAL_STEPS:]) if losses else None,
         best_validation_loss=min(validation) if validation else None,
         best_word_ppl=best["word_ppl"] if best else None,
+        word_ppl_name=figure_name(best) if best else None,
         word_ppl_what=eval_label(best) if best else None,
         word_ppl_tokens=int(best["tokens"]) if best else None,
         test_word_ppl=_test_word_ppl(run),
@@ -114,7 +118,7 @@ def _test_word_ppl(run: Run) -> float | None:
         row
         for rows in run.eval_series("word_ppl").values()
         for row in rows
-        if row.get("split") == "test" and not is_partial(row) and not row.get("stateful")
+        if row.get("split") == "test" and not is_partial(row) and not row.get("prefix") and not row.get("stateful")
     ]
     return float(rows[-1]["word_ppl"]) if rows else None
 

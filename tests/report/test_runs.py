@@ -7,7 +7,8 @@ import json
 import pytest
 
 from hope_train.errors import UserError
-from hope_train.report.runs import eval_label, read_run, read_runs
+from hope_train.report.runs import eval_label, figure_name, is_wikitext, read_run, read_runs
+from hope_train.report.summary import best_word_ppl
 
 
 def test_whole_run(make_run):
@@ -109,3 +110,26 @@ def test_eval_config_and_marker_may_be_missing_or_damaged(make_run):
 def test_runs_of_one_name_are_told_apart(make_run):
     runs = read_runs([str(make_run("a", steps=5, name="x")), str(make_run("b", steps=5, name="x"))])
     assert len({run.name for run in runs}) == 2
+
+
+def test_other_text_and_carried_state_keep_their_names(make_run, synthetic):
+    folder = make_run(steps=5)
+    rows = [
+        {"step": 5, "tokens": 9, "split": "validation", "source": "held-out python-docs", "heldout_word_ppl": 12.0},
+        {"step": 5, "tokens": 9, "split": "validation", "source": "wikitext-2-raw", "stateful_word_ppl": 80.0},
+        {"step": 5, "tokens": 9, "split": "validation", "source": "wikitext-2-raw", "word_ppl": 90.0},
+    ]
+    synthetic.write_lines(folder / "eval.jsonl", rows)
+    run = read_run(folder)
+    names = {figure_name(row): (row["word_ppl"], is_wikitext(row)) for row in run.evals}
+    assert names == {"heldout_word_ppl": (12.0, False), "stateful_word_ppl": (80.0, True), "word_ppl": (90.0, True)}
+    assert len(run.eval_series("word_ppl")) == 3
+    best = best_word_ppl(run)
+    assert best is not None
+    assert figure_name(best) == "word_ppl"
+
+
+def test_logs_cut_back_by_the_trainer_count_as_resumes(make_run):
+    folder = make_run(steps=5)
+    (folder / "metrics.beyond-3-abc.jsonl").write_text("")
+    assert read_run(folder).resumes == 1
