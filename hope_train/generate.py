@@ -131,7 +131,7 @@ def generate_command(
     if prompt == "-":
         prompt = _stdin()
     device = pick_device("auto")
-    model, config, manifest = load_model(run, device)
+    model, config, manifest = load_model(run, device, tell=lambda line: print(line, file=sys.stderr))
     tokenizer = checkpoint_tokenizer(run, config, manifest.tokenizer)
     model.eval()
     low = config.train.precision == "bf16"

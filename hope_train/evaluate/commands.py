@@ -68,7 +68,7 @@ def eval_command(
     device = pick_device(settings.get("device") or "auto")
     if isinstance(settings.get("threads"), int):
         torch.set_num_threads(settings["threads"])
-    model, trained, manifest = load_model(run, device)
+    model, trained, manifest = load_model(run, device, tell=_warn)
     tree = trained.model_dump(mode="json")
     tree["eval"]["pages"] = None  # The loop may make do with a part; here all is meant unless a part is asked for.
     tree = merge(tree, chosen)
@@ -136,3 +136,7 @@ def _bar(title: str) -> Iterator[Report | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -137,7 +137,7 @@ class Evaluator:
             "split": "validation",
             "source": "held-out training text",
             "protocol": "loss",
-            "validation_loss": nll / count if count else math.nan,
+            **({"validation_loss": nll / count} if count else {}),
             "scored_tokens": count,
             "context_length": self.config.train.context_length,
             "seconds": time.perf_counter() - started,

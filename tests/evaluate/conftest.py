@@ -7,15 +7,13 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.tokenizer import Tokenizer
-from data_pipelines.tokenizer_training import train_tokenizer
-from tests.evaluate.tiny import wikitext_like
+from tests.evaluate.tiny import tiny_tokenizer, wikitext_like
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """400 pieces, BPE, trained on other pages than the tests score."""
-    texts = [wikitext_like(seed) for seed in range(100, 110)]
-    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "tiny.model", 400)
+    """See `tiny_tokenizer`."""
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
 
+from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.tokenizer_training import train_tokenizer
+from hope_train.checkpoint.fence import Fence
+from hope_train.checkpoint.tensors import model_state
+from hope_train.checkpoint.writer import CheckpointWriter, Facts
 from hope_train.config.model import ModelConfig
+from hope_train.config.tree import RunConfig
 from hope_train.evaluate.scoring import Scorer
 from hope_train.model.hope import HopeModel, build_model
 
 ARCHS = ("hope", "hope_attention", "transformer_pp")
 
-WORDS = (
-    "the of lobster was in 1994 New York 3 @.@ 5 metres ( or more ) , and it @-@ self said ; \" quite so \" 's 20 @,@ 000 "
-    "café ° N naïve [ sic ] 漢字 its ' own ' claws : blue . which ! dogs ' tails ? species game ship river album song"
-).split()
+TEXT = (
+    'the of lobster was in 1994 New York 3 @.@ 5 metres ( or more ) , and it @-@ self said ; " quite so " \'s 20 '
+    "@,@ 000 café ° N naïve [ sic ] 漢字 its ' own ' claws : blue . which ! dogs ' tails ? species game ship album song"
+)
+WORDS = TEXT.split()
 
 
 def tiny_config(arch: str, vocab_size: int, **changes: object) -> ModelConfig:
@@ -55,3 +63,31 @@ def wikitext_like(seed: int = 0, paragraphs: tuple[int, ...] = (6, 1, 0, 3, 2)) 
                 lines += [" = = = Below = = = ", " "]
             lines += [" " + " ".join(rng.choice(WORDS) for _ in range(rng.randint(20, 60))) + " . ", " "]
     return "\n".join(lines) + "\n"
+
+
+def tiny_tokenizer(folder: Path) -> Tokenizer:
+    """400 pieces, BPE, trained on other pages than the tests score."""
+    return train_tokenizer([wikitext_like(seed) for seed in range(100, 110)], folder / "tiny.model", 400)
+
+
+def run_config(arch: str, vocab_size: int, **sections: dict[str, object]) -> RunConfig:
+    """A run's configuration around `tiny_config`; `sections` replace keys of its sections."""
+    tree: dict[str, object] = {
+        "model": tiny_config(arch, vocab_size).model_dump(mode="json"),
+        "train": {"context_length": 32, "batch_tokens": 64, "micro_batch_size": 2, "device": "cpu"},
+        "eval": {"batch_size": 3},
+    }
+    for name, section in sections.items():
+        old = tree.get(name)
+        tree[name] = {**(old if isinstance(old, dict) else {}), **section}
+    return RunConfig.model_validate(tree)
+
+
+def make_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, step: int = 5) -> HopeModel:
+    """A run directory with one checkpoint of a model with random weights (fp32), and that model."""
+    model = build_model(config.model, config.seed)
+    writer = CheckpointWriter(Fence.take(folder), keep_last=1, tell=lambda line: None)
+    facts = Facts(step, step * 64, config.model_dump(mode="json"), tokenizer.fingerprint, data={})
+    writer.save(model_state(model), facts)
+    tokenizer.save(folder / "tokenizer.model")
+    return model.eval()
