@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import netrc
 import os
+import secrets
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,7 +55,7 @@ class Loggers:
         """A row of metrics.jsonl or eval.jsonl."""
         figures = flatten(row)
         for name, logger in list(self._active.items()):
-            self._guard(name, lambda logger=logger: logger.log(row["step"], figures))
+            self._guard(name, partial(logger.log, row["step"], figures))
 
     def close(self) -> None:
         """End all of them, within a bounded time."""
@@ -98,7 +100,7 @@ class WandB:
     def __init__(self, config: RunConfig, run_dir: Path, tell: Tell) -> None:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         arguments: dict[str, Any] = {
             "project": config.log.wandb_project,
             "name": config.name,
@@ -163,7 +165,5 @@ def _run_id(run_dir: Path) -> str:
     """The same id at every start of a run, so that a resume goes on in the same curves."""
     file = run_dir / "wandb_id"
     if not file.exists():
-        import wandb
-
-        file.write_text(wandb.util.generate_id() + "\n", encoding="ascii")
+        file.write_text(secrets.token_hex(4) + "\n", encoding="ascii")
     return file.read_text(encoding="ascii").strip()

@@ -15,7 +15,7 @@ from hope_train.levels.report import StepReport
 from hope_train.model.loss import IGNORED
 from hope_train.train.evaluation import evaluate, evaluation_is_due, is_evaluated
 from hope_train.train.metrics import Row, peak_memory_bytes
-from hope_train.train.saving import check_background_save, save, write_line
+from hope_train.train.saving import check_background_save, check_ownership, finish_background_save, save, write_line
 from hope_train.train.session import Session
 from hope_train.train.signals import StopRequest
 
@@ -42,6 +42,8 @@ def train(run: Session, stop: StopRequest) -> Outcome:
     run.model.train()
     save_is_due = False
     logged = progress.tokens
+    if progress.step > 0 and run.writer.last_step is None:
+        save(run)  # gone on from a checkpoint of elsewhere: from here on this directory is enough
     if evaluation_is_due(run) and not is_evaluated(run, "validation"):
         evaluate(run, stop, "validation")
 
@@ -56,14 +58,15 @@ def train(run: Session, stop: StopRequest) -> Outcome:
         loss, report, bad_rows = take_step(run, index, measure=wanted)
         progress.step += 1
         progress.tokens += config.train.batch_tokens
-        progress.losses["train"] = loss
+        if report.applied:
+            progress.losses["train"] = loss
 
         if wanted or not report.applied:
             row = metrics_row(run, loss, report, progress.tokens - logged)
             logged = progress.tokens
             if not report.applied:
                 row["refused"] = {"batch": index, "windows": bad_rows}
-            run.writer.fence.check()
+            check_ownership(run)
             write_line(run, run.metrics, row)
             run.loggers.log(row)
             run.display.step(row, run.total_steps)
@@ -75,7 +78,7 @@ def train(run: Session, stop: StopRequest) -> Outcome:
             what = f"step {progress.step} is not applied (loss {loss}, gradient norm {report.grad_norm})"
             run.display.say(f"warning: {what}: batch {index}, windows {_shown(bad_rows)} of the training text")
             if progress.refused >= config.train.nan_patience:
-                run.writer.finish()
+                finish_background_save(run)
                 first = progress.step - progress.refused
                 return Outcome("nan", f"{progress.refused} steps in a row were not finite: batches {first} to {index}")
 

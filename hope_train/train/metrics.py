@@ -71,7 +71,8 @@ def cut_back(path: Path, step: int, suffix: str) -> int:
     """
     if not path.exists():
         return 0
-    kept, cut = [], []
+    kept: list[bytes] = []
+    cut: list[bytes] = []
     for line in path.read_bytes().split(b"\n"):
         if line.strip(b"\x00 \r\t"):
             (kept if _step(line, step) <= step else cut).append(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def execute(run: Session, as_json: bool = False) -> int:
         mark(run, Outcome("signal", "SIGINT twice: aborted without saving"))
         raise
     except BaseException as error:
+        with suppress(Exception):
+            run.writer.finish()  # a save under way may still become the checkpoint to go on from
         mark(run, Outcome("error", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"))
         if isinstance(error, torch.OutOfMemoryError):
             run.display.say("out of memory: lower train.micro_batch_size, or say train.recompute=true")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -33,10 +34,15 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "eval.jsonl"
 STOPPED = "STOPPED.json"
 
+Changes = dict[str, tuple[Any, Any]]
+"""By dotted key: the value in the run directory, and the one asked for."""
+
 # Keys that may change between two starts of a run: they change neither what is learnt nor on what.
 # (The tokenizer's and the sources' contents are compared by their fingerprints, wherever the files lie.)
-FREE = ("dir", "log", "checkpoint", "eval", "data.tokenizer", "data.cache_dir", "data.hub_timeout")
-FREE_TRAIN = ("train.device", "train.threads", "train.log_every", "train.nan_patience")
+FREE = (
+    *("name", "dir", "log", "checkpoint", "eval", "data.tokenizer", "data.cache_dir", "data.hub_timeout"),
+    *("train.device", "train.threads", "train.log_every", "train.nan_patience"),
+)
 
 _PACKAGES = ("torch", "numpy", "sentencepiece", "datasets", "pydantic", "triton")
 
@@ -57,25 +63,15 @@ def check_owner(run_dir: Path, config: RunConfig, tokenizer: Tokenizer, force: b
 
     Raises UserError naming the first key that differs.
     """
-    file = run_dir / CONFIG
-    if not file.is_file():
-        return []
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        there = validate(RunConfig, tree if isinstance(tree, dict) else {}, origin=str(file))
-    except (UserError, OSError, ValueError, yaml.YAMLError) as error:
-        if force:
-            return ["(all)"]
-        reason = " ".join(str(error).split())
-        raise UserError(f"{reason}: choose another name= or dir=, or say --force-config to replace it") from None
-    keys = differences(there.model_dump(mode="json"), config.model_dump(mode="json"))
-    serious = [key for key in keys if not _is_free(key)]
-    if serious and not force:
-        was, now = _value(there, serious[0]), _value(config, serious[0])
-        more = f" (and {len(serious) - 1} more: {', '.join(serious[1:4])})" if len(serious) > 1 else ""
+    changed = differences_from(run_dir, config)
+    matter = serious(changed)
+    if matter and not force:
+        key, (was, now) = next(iter(matter.items()))
+        names = list(matter)
+        more = f" (and {len(names) - 1} more: {', '.join(names[1:4])})" if len(names) > 1 else ""
         raise UserError(
-            f"run directory {run_dir} belongs to another configuration: {serious[0]} is {was} there and {now} "
-            f"here{more}; choose another name= or dir=, or say --force-config to go on with the new one"
+            f"run directory {run_dir} belongs to another configuration: {key} is {_short(was)} there and "
+            f"{_short(now)} here{more}; choose another name= or dir=, or say --force-config to go on with the new one"
         )
     own = run_dir / TOKENIZER_FILE
     if own.is_file() and not force and own.read_bytes() != tokenizer.proto:
@@ -83,26 +79,45 @@ def check_owner(run_dir: Path, config: RunConfig, tokenizer: Tokenizer, force: b
             f"tokenizer {tokenizer.path} is not the one of run directory {run_dir} ({own}): use that one, or choose "
             "another name= or dir="
         )
-    return keys
+    return list(changed)
 
 
-def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of the leaves in which two plain trees differ."""
+def differences_from(run_dir: Path, config: RunConfig) -> Changes:
+    """In what `config` differs from the configuration in the run directory; nothing where there is none."""
+    try:
+        tree = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError):
+        tree = None
+    # Validated first, so that a key which did not exist yet when it was written has its default; what another version
+    # wrote and this one refuses is compared as it stands.
+    with contextlib.suppress(UserError):
+        tree = validate(RunConfig, tree).model_dump(mode="json") if isinstance(tree, dict) else tree
+    return differences(tree, config.model_dump(mode="json"))
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> Changes:
+    """The leaves in which two plain trees differ: {dotted key: (value in one, value in the other)}."""
     if isinstance(one, dict) and isinstance(other, dict):
-        names = list(dict.fromkeys([*one, *other]))
-        return [key for name in names for key in differences(one.get(name), other.get(name), f"{prefix}{name}.")]
-    return [] if one == other else [prefix.removesuffix(".")]
+        found: Changes = {}
+        for name in dict.fromkeys([*one, *other]):
+            found |= differences(one.get(name), other.get(name), f"{prefix}{name}.")
+        return found
+    return {} if one == other else {prefix.removesuffix(".") or "everything": (one, other)}
 
 
-def _is_free(key: str) -> bool:
-    return key in FREE_TRAIN or any(key == free or key.startswith(f"{free}.") for free in FREE)
+def serious(changed: Changes) -> Changes:
+    """Those differences that make it another run."""
+    return {
+        key: values
+        for key, values in changed.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in FREE)
+    }
 
 
-def _value(config: RunConfig, key: str) -> str:
-    node: Any = config.model_dump(mode="json")
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else node
-    text = json.dumps(node, ensure_ascii=False)
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -129,7 +144,9 @@ def open_directory(run_dir: Path, config: RunConfig, tokenizer: Tokenizer, step:
             temporary = own.with_suffix(".tmp")
             temporary.write_bytes(tokenizer.proto)
             temporary.replace(own)
-        write_atomically(run_dir / ENVIRONMENT, json.dumps(environment(fence.id, step), indent=1) + "\n")
+        file = run_dir / ENVIRONMENT
+        starts = [environment(fence.id, step), *_starts(file)]
+        write_atomically(file, json.dumps({**starts[0], "earlier_starts": starts[1:]}, indent=1) + "\n")
         if (run_dir / STOPPED).exists():
             (run_dir / STOPPED).replace(run_dir / "STOPPED.previous.json")
     except OSError as error:
@@ -172,6 +189,15 @@ def environment(incarnation: str, step: int) -> dict[str, Any]:
         "pid": os.getpid(),
         "command": shlex.join(sys.argv),
     }
+
+
+def _starts(file: Path) -> list[dict[str, Any]]:
+    """The starts that are noted in an environment.json, the newest first."""
+    try:
+        newest = json.loads(file.read_text(encoding="utf-8"))
+        return [newest, *newest.pop("earlier_starts", [])]
+    except (OSError, ValueError, AttributeError):
+        return []
 
 
 def _version(package: str) -> str | None:

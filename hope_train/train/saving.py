@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from hope_train.checkpoint.tensors import training_state
 from hope_train.checkpoint.writer import Facts, SaveError
 from hope_train.train import randomness
@@ -17,10 +19,7 @@ def save(run: Session, last: bool = False) -> None:
         FencedError: another process has taken the run over.
     """
     with run.clock.paused():
-        try:
-            run.writer.finish()
-        except SaveError as error:
-            warn(run, error)
+        finish_background_save(run)
         if run.writer.last_step == run.progress.step:
             return
         for file in (run.metrics, run.evaluations):
@@ -41,6 +40,20 @@ def check_background_save(run: Session) -> None:
         run.writer.poll()
     except SaveError as error:
         warn(run, error)
+
+
+def finish_background_save(run: Session) -> None:
+    """Wait for the save under way. Raises FencedError."""
+    try:
+        run.writer.finish()
+    except SaveError as error:
+        warn(run, error)
+
+
+def check_ownership(run: Session) -> None:
+    """Raises FencedError when the run is another process's now. A file that cannot be read just now says nothing."""
+    with suppress(OSError):
+        run.writer.fence.check()
 
 
 def warn(run: Session, error: SaveError) -> None:

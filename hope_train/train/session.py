@@ -11,7 +11,7 @@ import torch
 from data_pipelines.batches import DataBundle, open_data, open_tokenizer
 from hope_train.checkpoint.fence import refuse_if_in_use
 from hope_train.checkpoint.manifest import CHECKPOINTS, Manifest, list_checkpoints
-from hope_train.checkpoint.store import check_state, find_checkpoint, load_state, newest_whole, read_trainer
+from hope_train.checkpoint.store import find_checkpoint, load_state, newest_whole, read_trainer
 from hope_train.checkpoint.tensors import training_state
 from hope_train.checkpoint.writer import CheckpointWriter
 from hope_train.config.tree import RunConfig
@@ -81,7 +81,8 @@ class Session:
 def is_complete(config: RunConfig, run_dir: Path) -> bool:
     """Whether this run has been trained, saved and evaluated to its end already."""
     stopped = rundir.read_stopped(run_dir)
-    return stopped.get("reason") == "completed" and stopped.get("step", 0) >= config.train.total_steps
+    done = stopped.get("reason") == "completed" and stopped.get("step", 0) >= config.train.total_steps
+    return done and not rundir.serious(rundir.differences_from(run_dir, config))
 
 
 def open_session(config: RunConfig, resume: str, force: bool, display: Display) -> Session:
@@ -123,7 +124,9 @@ def open_session(config: RunConfig, resume: str, force: bool, display: Display) 
     writer = CheckpointWriter(fence, keep.keep_last, keep.keep_every, keep.async_save, display.say)
     writer.remove_unfinished()
     writer.set_aside(after=progress.step)
-    if found is not None and found[0].resolve().parent == writer.checkpoints.resolve():
+    if found is not None and found[0].resolve() in [
+        folder.resolve() for folder in list_checkpoints(writer.checkpoints)
+    ]:
         writer.last, writer.last_step = found[0], found[1].step
     if changed:
         display.say(f"configuration changed since the last start: {', '.join(changed)}")
@@ -177,7 +180,7 @@ def check_same_run(folder: Path, manifest: Manifest, config: RunConfig, tokenize
     keys = rundir.differences(manifest.config.get("model"), config.model.model_dump(mode="json"), "model.")
     if keys:
         raise UserError(
-            f"checkpoint {folder} is of another model: {', '.join(keys[:3])} differ from this configuration; use that "
+            f"checkpoint {folder} is of another model: {', '.join(list(keys)[:3])} differ from this configuration; use that "
             "model, or say --force-config to load it all the same"
         )
     if manifest.tokenizer != tokenizer:
@@ -213,7 +216,6 @@ def data_identity(config: RunConfig, data: DataBundle) -> dict[str, Any]:
 def load_progress(folder: Path, manifest: Manifest, model: HopeModel, optimizer: LevelOptimizer) -> Progress:
     """Put a verified checkpoint into model, optimizer and random generators. Raises UserError for another model."""
     state = training_state(model, optimizer)
-    check_state(folder, manifest, state)
     load_state(folder, manifest, state)
     optimizer.load_named_state(
         {
