@@ -96,8 +96,7 @@ class Scorer:
         results = [0.0] * len(streams)
         total, done = sum(max(0, len(stream) - 1) for stream in streams), 0
         with self.running():
-            for first in range(0, len(order), self.batch_size):
-                numbers = order[first : first + self.batch_size]
+            for numbers in _of_like_length([len(stream) for stream in streams], order, self.batch_size):
                 batch = [Window(n, streams[n], len(streams[n]) - 1) for n in numbers if len(streams[n]) > 1]
                 if not batch:
                     continue
@@ -156,3 +155,18 @@ def row_sums(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, chunk: int) -
     nll_BT = torch.zeros(targets_BT.shape, dtype=torch.float64, device=x_BTD.device)
     nll_BT[scored_BT] = nll_M.double()
     return nll_BT.sum(1)
+
+
+def _of_like_length(lengths: Sequence[int], order: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Runs of `order` (longest first) of at most `most`, none shorter than 0.7 of its run's longest.
+
+    Pages differ in length by a factor of twenty; a batch lasts as long as its longest.
+    """
+    group: list[int] = []
+    for number in order:
+        if group and (len(group) == most or lengths[number] < 0.7 * lengths[group[0]]):
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group

@@ -145,3 +145,13 @@ def test_progress_ends_at_the_number_of_scored_tokens() -> None:
     told.clear()
     scorer(model, EOT).streams([np.array(random_tokens(50))], 8, lambda *pair: told.append(pair))
     assert told[-1] == (49, 49)
+
+
+def test_streams_of_like_length_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("transformer_pp", VOCAB)
+    rows = []
+    initial_state = model.initial_state
+    monkeypatch.setattr(model, "initial_state", lambda batch: rows.append(batch) or initial_state(batch))
+    lengths = (100, 9, 80, 75, 10, 71, 8)
+    scorer(model, EOT, batch_size=3).streams([np.array(random_tokens(count)) for count in lengths], 16)
+    assert rows == [3, 1, 3]  # 100 80 75, 71, 10 9 8
