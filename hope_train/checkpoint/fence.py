@@ -55,6 +55,11 @@ class Fence:
             who = f"{current.get('id')} (process {current.get('pid')} on {current.get('host')})"
             raise FencedError(f"{self.run_dir} was taken over by {who}: this process writes nothing more, and stops")
 
+    def release(self) -> None:
+        """This process is done with the directory: the next start need not wait for it to end."""
+        with contextlib.suppress(OSError, FencedError), self.held():
+            write_atomically(self.run_dir / INCARNATION, json.dumps({"id": self.id}) + "\n")
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """For the length of a block nobody takes over (on file systems with locks). Raises FencedError."""

@@ -76,6 +76,7 @@ class Session:
             self.metrics.close()
         finally:
             self.evaluations.close()
+            self.writer.fence.release()
 
 
 def is_complete(config: RunConfig, run_dir: Path) -> bool:
