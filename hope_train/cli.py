@@ -138,7 +138,7 @@ def evaluate(
 @app.command("generate")
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
     top_p: Annotated[

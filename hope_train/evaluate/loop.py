@@ -75,13 +75,16 @@ class Evaluator:
                 self._texts["validation"] = held_out
             return
         for split in splits:
-            self._text(split)
+            if config.eval.stateful or set(config.eval.protocols) - {"classic"}:
+                self._text(split)
             if "classic" in config.eval.protocols:
                 self._classic(split)
 
     def sources(self) -> str:
         """What is measured on what, or that nothing can be: one line to print once."""
         text = next(iter(self._texts.values()), None)
+        if text is None and self._classics:
+            return f"evaluation on {next(iter(self._classics.values())).place}, protocol: classic"
         if text is None:
             return (
                 f"no WikiText (neither eval.wikitext nor ${ENVIRONMENT} is set): evaluations report the validation "
@@ -111,20 +114,19 @@ class Evaluator:
             raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
         if self.place is None and split not in self._texts:
             return []
-        text = self._text(split)
         scorer = self.scorer(model)
         rows: list[Row] = []
         for protocol in dict.fromkeys(self.config.eval.protocols):
             if protocol == "word":
-                rows.append(self._word_row(scorer, text, False, progress))
-            elif text.source == HELD_OUT:
-                continue
+                rows.append(self._word_row(scorer, self._text(split), False, progress))
+            elif self.place is None:
+                continue  # Held-out text has no other protocol.
             elif protocol == "token":
-                rows.append(self._token_row(scorer, text, progress))
+                rows.append(self._token_row(scorer, self._text(split), progress))
             else:
                 rows.append(self._classic_row(scorer, split, progress))
         if self.config.eval.stateful:
-            rows.append(self._word_row(scorer, text, True, progress))
+            rows.append(self._word_row(scorer, self._text(split), True, progress))
         return [{"step": step, "tokens": tokens, "split": split, **row} for row in rows]
 
     def validation_row(self, model: HopeModel, batches: Iterable[Batch], step: int, tokens: int) -> Row:

@@ -52,7 +52,6 @@ def word_tokenizer() -> Tokenizer:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The protocol is defined on two files alone; here TEXT takes the place of one of them."""
-    (tmp_path / "wiki.valid.raw").write_text(" = A = \n", encoding="utf-8")
     (tmp_path / "valid.txt").write_text(TEXT, encoding="utf-8")
     count = len(TEXT.split()) + TEXT.count("\n")
     monkeypatch.setitem(KNOWN, "validation", dataclasses.replace(KNOWN["validation"], classic_words=count))
@@ -76,6 +75,7 @@ def test_the_figure_is_per_word_and_line_end(folder: Path, word_tokenizer: Token
         eval={"wikitext": str(folder), "protocols": ["classic"], "test_at_end": False},
     )
     evaluator = Evaluator(config, word_tokenizer, "cpu")
+    assert evaluator.sources() == f"evaluation on {folder / 'valid.txt'}, protocol: classic"
     model = tiny_model("transformer_pp", word_tokenizer.vocab_size)
     (row,) = evaluator.evaluate(model, "validation", 3, 192)
     text = read_classic(str(folder), "validation", word_tokenizer)
