@@ -6,7 +6,6 @@ Every command is printed before it runs and can be typed again. Files go to runs
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -14,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,25 +88,34 @@ def hope(*arguments: str) -> list[str]:
     return [str(HOPE), *arguments] if HOPE.exists() else [sys.executable, "-m", "hope_train.cli", *arguments]
 
 
+@contextmanager
+def running(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`hope …` as a process that does not outlive this one: left early, it is asked to save and stop."""
+    process = subprocess.Popen(hope(*arguments), cwd=ROOT)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
 def run(*arguments: str) -> None:
     """Run `hope …` to its end. Raises StepError when it fails."""
-    code = subprocess.run(hope(*arguments), cwd=ROOT, check=False).returncode
+    with running(*arguments) as process:
+        code = process.wait()
     if code:
         raise StepError(f"`hope {arguments[0]}` ended with exit code {code}")
 
 
 def run_and_interrupt(step: int, *arguments: str) -> None:
     """Run `hope train …` and send it SIGINT once `step` has been logged, as Ctrl-C does."""
-    process = subprocess.Popen(hope(*arguments), cwd=ROOT)
-    try:
+    with running(*arguments) as process:
         while process.poll() is None and last_step() < step:
             time.sleep(0.2)
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         code = process.wait()
-    except KeyboardInterrupt:
-        process.wait()  # It got the same Ctrl-C, and saves.
-        raise
     reason = stop_reason()
     if reason != "signal":
         raise StepError(f"`hope train` was to stop on the signal; exit code {code}, reason {reason}")
@@ -174,9 +183,9 @@ def perplexities(text: Text) -> tuple[str, list[tuple[int, float]], float | None
         test = [float(row["word_ppl"]) for row in words if row["split"] == "test"]
         name = f"WikiText word_ppl, validation (first {EVALUATION_PAGES} pages)"
         return name, series, test[-1] if test else None
-    losses = [row for row in found if row.get("validation_loss") is not None]
-    series = [(int(row["step"]), math.exp(float(row["validation_loss"]))) for row in losses]
-    return "perplexity per token on a held-out part of the training text (not WikiText)", series, None
+    held_out = [row for row in found if row.get("heldout_byte_ppl") is not None and not row.get("stateful")]
+    series = [(int(row["step"]), float(row["heldout_byte_ppl"])) for row in held_out]
+    return "perplexity per byte of a held-out part of the text above (not WikiText)", series, None
 
 
 def show_result(text: Text, tokenizer: Path, begun: float) -> bool:
@@ -241,6 +250,8 @@ def main(arguments: Sequence[str]) -> int:
     if arguments:
         print("error: the demo takes no arguments; its sizes are at the top of scripts/demo.py", file=sys.stderr)
         return 2
+    # SIGTERM unwinds like Ctrl-C, so that no training is left behind.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         return demo()
     except StepError as error:
