@@ -90,23 +90,33 @@ def eval_command(
     else:
         print(evaluator.sources())
         Console().print(_table(rows, f"{run}, step {manifest.step:,}, {manifest.tokens:,} tokens, {split}"))
+        print(*_measured(rows), sep="\n")
     return 0
 
 
 def _table(rows: Sequence[Row], title: str) -> Table:
-    """One line per figure, with what it was measured on: two perplexities never share a name."""
+    """One line per figure; two perplexities never share a name."""
     table = Table(title=title, title_justify="left")
-    for name in ("figure", "value", "protocol", "text", "pages", "window", "divided by"):
-        table.add_column(name, justify="right" if name in ("value", "pages", "window") else "left")
+    table.add_column("figure", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("protocol")
+    table.add_column("divided by")
     for row in rows:
-        pages = f"{row.get('pages', 'all')}{' (partial)' if row.get('partial') else ''}"
         protocol = row["protocol"] + (", stateful" if row.get("stateful") else "")
         for key, value in row.items():
             if key.endswith(FIGURES):
-                unit = _divisor(key, row["denominators"])
-                window = f"{row['context_length']:,}"
-                table.add_row(key, f"{value:,.4f}", protocol, row["source"], pages, window, unit)
+                number = f"{value:,.4f}" if abs(value) < 1e5 else f"{value:.6g}"
+                table.add_row(key, number, protocol, _divisor(key, row["denominators"]))
     return table
+
+
+def _measured(rows: Sequence[Row]) -> list[str]:
+    """`word: wikitext-2-raw, 60 pages, windows of 512 tokens` for each protocol."""
+    lines: dict[str, None] = {}
+    for row in rows:
+        pages = f", {row['pages']} pages{' (partial)' if row.get('partial') else ''}" if "pages" in row else ""
+        lines[f"{row['protocol']}: {row['source']}{pages}, windows of {row['context_length']:,} tokens"] = None
+    return list(lines)
 
 
 def _divisor(figure: str, denominators: dict[str, int]) -> str:

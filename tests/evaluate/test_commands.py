@@ -59,17 +59,22 @@ def test_options_reach_the_evaluation(run_dir: Path, wikitext_folder: Path, caps
     assert all((row["step"], row["tokens"]) == (5, 320) for row in rows)
 
 
-def test_the_table_names_figure_text_and_denominator(
+def test_the_table_names_figure_text_and_denominator_in_80_columns(
     run_dir: Path, wikitext_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    assert hope(["eval", str(run_dir), "--wikitext", str(wikitext_folder), "--stateful"]) == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ["--protocol", "word", "--protocol", "token", "--stateful", "--pages", "2"]
+    assert hope(["eval", str(run_dir), "--wikitext", str(wikitext_folder), *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     for figure in ("word_ppl", "byte_ppl", "bits_per_byte"):
-        (line,) = [line for line in lines if f" {figure} " in line]
-        assert "wikitext-2-raw (unverified)" in line
-        assert ("bytes" if "byte" in figure else "words") in line
-        assert any(f"stateful_{figure}" in line and "word, stateful" in line for line in lines)
+        for name, protocol in ((figure, "word "), (f"stateful_{figure}", "word, stateful")):
+            (line,) = [line for line in lines if f" {name} " in line]
+            assert f" {protocol} " in line
+            assert ("bytes" if "byte" in figure else "words") in line
+    (line,) = [line for line in lines if " token_ppl " in line]
+    assert "tokens" in line
+    text = "wikitext-2-raw (unverified), 2 pages (partial), windows of 32 tokens"
+    assert [line.strip() for line in lines[-2:]] == [f"word: {text}", f"token: {text}"]
 
 
 @pytest.mark.parametrize(
