@@ -18,7 +18,7 @@ from hope_train.train.display import Display
 from hope_train.train.evaluation import FIGURES
 from hope_train.train.loop import Outcome, train
 from hope_train.train.metrics import strict
-from hope_train.train.session import Session, is_complete, open_session
+from hope_train.train.session import Session, open_session
 from hope_train.train.signals import StopRequest
 
 COMPLETED, CRASHED, NOT_FINITE = 0, 1, 3
@@ -43,13 +43,13 @@ def train_command(config: str, overrides: Sequence[str], resume: str, force_conf
     """
     settings = load_config(config, overrides)
     display = Display(settings.log.progress, to_stderr=as_json)
-    run_dir = Path(settings.run_dir).expanduser()
-    if resume == "auto" and not force_config and is_complete(settings, run_dir):
+    run = open_session(settings, resume, force_config, display)
+    if run is None:
+        run_dir = Path(settings.run_dir).expanduser()
         display.say(f"{run_dir} is complete ({settings.train.total_steps} steps): nothing to do")
         if as_json:
             print(json.dumps(rundir.read_stopped(run_dir), ensure_ascii=False))
         return COMPLETED
-    run = open_session(settings, resume, force_config, display)
     try:
         return execute(run, as_json)
     finally:

@@ -82,11 +82,10 @@ class Session:
 def is_complete(config: RunConfig, run_dir: Path) -> bool:
     """Whether this run has been trained, saved and evaluated to its end already."""
     stopped = rundir.read_stopped(run_dir)
-    done = stopped.get("reason") == "completed" and stopped.get("step", 0) >= config.train.total_steps
-    return done and not rundir.serious(rundir.differences_from(run_dir, config))
+    return stopped.get("reason") == "completed" and stopped.get("step", 0) >= config.train.total_steps
 
 
-def open_session(config: RunConfig, resume: str, force: bool, display: Display) -> Session:
+def open_session(config: RunConfig, resume: str, force: bool, display: Display) -> Session | None:
     """Check everything, build model and optimizer, load the checkpoint to go on from, and take the directory over.
 
     Nothing is written (but the cache of tokenised text) before all checks have passed.
@@ -94,6 +93,9 @@ def open_session(config: RunConfig, resume: str, force: bool, display: Display) 
     Args:
         resume: `auto`, `never`, or the checkpoint to go on from.
         force: go on although the directory, or the checkpoint, is of another configuration.
+
+    Returns:
+        The open run; None if it is complete and there is nothing to do.
 
     Raises:
         UserError: whatever is wrong with the input.
@@ -105,6 +107,8 @@ def open_session(config: RunConfig, resume: str, force: bool, display: Display) 
     device = pick_device(config.train.device)
     tokenizer = open_tokenizer(config.data, config.model.vocab_size)
     changed = rundir.check_owner(run_dir, config, tokenizer, force)
+    if resume == "auto" and is_complete(config, run_dir):
+        return None
     found = choose_checkpoint(run_dir, resume, display.say)
     if found is not None:
         check_same_run(*found, config, tokenizer.fingerprint, force)
@@ -181,8 +185,8 @@ def check_same_run(folder: Path, manifest: Manifest, config: RunConfig, tokenize
     keys = rundir.differences(manifest.config.get("model"), config.model.model_dump(mode="json"), "model.")
     if keys:
         raise UserError(
-            f"checkpoint {folder} is of another model: {', '.join(list(keys)[:3])} differ from this configuration; use that "
-            "model, or say --force-config to load it all the same"
+            f"checkpoint {folder} is of another model: {', '.join(list(keys)[:3])} differ from this configuration; use "
+            "that model, or say --force-config to load it all the same"
         )
     if manifest.tokenizer != tokenizer:
         raise UserError(

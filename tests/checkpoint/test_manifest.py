@@ -79,7 +79,7 @@ def test_truncated_lengthened_and_missing_files_are_named(folder: Path) -> None:
 
 def test_a_missing_set_is_named(folder: Path) -> None:
     shutil.rmtree(folder / "level_0")
-    with pytest.raises(DamagedCheckpointError, match="level_0/.*is missing"):
+    with pytest.raises(DamagedCheckpointError, match=r"level_0/.*is missing"):
         verify(folder)
 
 

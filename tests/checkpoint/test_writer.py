@@ -122,7 +122,9 @@ class TestFullDisk:
         writer = save_steps(tmp_path, [1])
         with monkeypatch.context() as patch:
             patch.setattr(writer_module, place, raise_full)
-            with pytest.raises(SaveError, match="step 2 could not be saved .*No space left.*free some space") as caught:
+            with pytest.raises(
+                SaveError, match=r"step 2 could not be saved .*No space left.*free some space"
+            ) as caught:
                 writer.save(make_state(2), facts(2))
         assert "\n" not in str(caught.value)
         assert [name for name in names(tmp_path) if "tmp" in name] == []
@@ -207,8 +209,13 @@ class TestFencing:
         old = save_steps(tmp_path, [1, 2], async_save=async_save)
         new, _ = make_writer(tmp_path, keep_last=2)
         old.keep_last = 1
+
+        def save() -> None:
+            old.save(make_state(3), facts(3), wait=False)
+            old.finish()
+
         actions: list[Callable[[], None]] = [
-            lambda: old.save(make_state(3), facts(3), wait=False),
+            save,
             old.prune,
             old.remove_unfinished,
             lambda: old.set_aside(after=0),
@@ -216,7 +223,6 @@ class TestFencing:
         for action in actions:
             with pytest.raises(FencedError, match="taken over"):
                 action()
-                old.finish()
         assert names(tmp_path) == ["step_00000001", "step_00000002"]
         new.save(make_state(3), facts(3))
         assert names(tmp_path) == ["step_00000002", "step_00000003"]

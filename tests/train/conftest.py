@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,22 @@ import pytest
 from data_pipelines.tokenizer_training import train_tokenizer
 from tests.train.tiny import Tiny, write_config
 
-WORDS = ("river", "stone", "lamp", "green", "walked", "under", "seven", "quietly", "the", "a", "of", "into", "été", "x =")
+WORDS = (
+    "river",
+    "stone",
+    "lamp",
+    "green",
+    "walked",
+    "under",
+    "seven",
+    "quietly",
+    "the",
+    "a",
+    "of",
+    "into",
+    "été",
+    "x =",
+)
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +53,9 @@ def tiny(tmp_path: Path, corpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     """Runs in a folder of their own, without WikiText."""
     monkeypatch.delenv("HOPE_WIKITEXT", raising=False)
     return Tiny(tmp_path, write_config(tmp_path / "tiny.yaml", corpus))
+
+
+@pytest.fixture(autouse=True)
+def quiet_library() -> None:
+    """The checkpoint library logs every tensor at DEBUG, which drowns the report of a test that fails."""
+    logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)

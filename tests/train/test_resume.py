@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
-from tests.train.tiny import STEPS, Tiny, assert_same_run, assert_same_tensors
+from tests.train.tiny import STEPS, Tiny, assert_same_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 ALL = ("checkpoint.every=1", "checkpoint.keep_last=99")
 
