@@ -248,7 +248,6 @@ def apply_options(config: RunConfig, model: HopeModel) -> None:
         for block in model.blocks.values():
             block.compile()  # in place: parameters keep their names
     elif config.train.compile == "memory":
-        compile_memory = getattr(model, "compile_memory", None)
-        if config.model.arch != "hope" or compile_memory is None:
+        if config.model.arch != "hope":
             raise UserError(f"train.compile=memory: arch={config.model.arch} has no memory; say model or none")
-        compile_memory()
+        model.compile_memory()
