@@ -1,7 +1,8 @@
-"""One matrix of one memory over one piece of a chunk: solve for the writes, answer queries, commit.
+"""One matrix (or a stack of them) over one piece of a chunk: solve for the writes, answer queries, commit.
 
 A piece is at most a chunk long; in training it is a whole one, so that the state that gradients are taken at (`anchor`) is also
-the state that decays (`now`). All tensors lead with [H, B]; O are output rows, I the width of the matrix's input.
+the state that decays (`now`). Tensors lead with G = [H] or, for a stack of M matrices with keys of their own, [H, M], then the
+sequences B; O are output rows, I the width of the matrix's input.
 
 With D = W - W_init (decay to init) or D = W (decay to zero), keys x_i and gradient rows G_i, the recurrence of Eq. 88
 
@@ -19,166 +20,207 @@ import torch
 from torch import Tensor
 
 from hope_train.memory.decay import Decay
-from hope_train.memory.triangular import solve_unit_lower, unit_lower_inverse
+from hope_train.memory.triangular import gram, solve_one_row, solve_unit_lower, unit_lower_inverse
+
+System = tuple[Tensor, Tensor]
+"""L and (I + L)^-1, each [G, B, C, C]."""
 
 
 @dataclass
 class Matrix:
-    """One fast matrix at the start of a piece. `init` is [H, O, I], shared by all sequences."""
+    """A fast matrix at the start of a piece. `init` is [G, O, I], shared by all sequences."""
 
-    anchor_HBOI: Tensor
-    now_HBOI: Tensor
-    init_HOI: Tensor
-    speed_HBOI: Tensor | None
+    anchor_BOI: Tensor
+    now_BOI: Tensor
+    init_OI: Tensor
+    speed_BOI: Tensor | None
     to_init: bool
     """Decay leads to the initial state (else to zero)."""
     rank_one: bool
     """The write has the rank-one factor of Eq. 88."""
 
+    def last_rows(self, rows: int) -> Matrix:
+        """The same for the last `rows` output rows."""
+        same = self.now_BOI is self.anchor_BOI
+        anchor = self.anchor_BOI[..., -rows:, :]
+        return Matrix(
+            anchor,
+            anchor if same else self.now_BOI[..., -rows:, :],
+            self.init_OI[..., -rows:, :],
+            None if self.speed_BOI is None else self.speed_BOI[..., -rows:, :],
+            self.to_init,
+            self.rank_one,
+        )
+
+    def last_of_stack(self) -> Matrix:
+        """The last matrix of a stack, G = [H, M] -> [H]."""
+        same = self.now_BOI is self.anchor_BOI
+        anchor = self.anchor_BOI[:, -1]
+        return Matrix(
+            anchor,
+            anchor if same else self.now_BOI[:, -1],
+            self.init_OI[:, -1],
+            None if self.speed_BOI is None else self.speed_BOI[:, -1],
+            self.to_init,
+            self.rank_one,
+        )
+
 
 @dataclass
 class Writes:
-    """The writes of a piece, R [H, B, C, O], with their keys; with momentum also U = eta G (whose decay is theta's)."""
+    """The writes of a piece, R [G, B, C, O], with their keys; with momentum also U = eta G (whose decay is theta's)."""
 
-    keys_HBCI: Tensor
-    r_HBCO: Tensor | None
-    u_HBCO: Tensor | None
+    keys_BCI: Tensor
+    r_BCO: Tensor | None
+    u_BCO: Tensor | None
 
 
-def project(x_HBCI: Tensor, weight_HBOI: Tensor) -> Tensor:
+def project(x_BCI: Tensor, weight_BOI: Tensor) -> Tensor:
     """x W^T with one matrix per head and sequence."""
-    return x_HBCI @ weight_HBOI.mT
+    if weight_BOI.shape[-2] == 1:
+        return (x_BCI * weight_BOI).sum(-1, keepdim=True)
+    return x_BCI @ weight_BOI.mT
 
 
-def project_init(x_HBCI: Tensor, init_HOI: Tensor) -> Tensor:
+def project_init(x_BCI: Tensor, init_OI: Tensor) -> Tensor:
     """x W_init^T: one product per head for all sequences."""
-    return (x_HBCI.flatten(1, 2) @ init_HOI.mT).unflatten(1, x_HBCI.shape[1:3])
+    if init_OI.shape[-2] == 1:
+        return (x_BCI * init_OI[..., None, :, :]).sum(-1, keepdim=True)
+    return (x_BCI.flatten(-3, -2) @ init_OI.mT).unflatten(-2, x_BCI.shape[-3:-1])
 
 
-def at_anchor(m: Matrix, x_HBCI: Tensor, decay: Decay, init_HBCO: Tensor | None = None) -> Tensor:
+def at_anchor(m: Matrix, x_BCI: Tensor, decay: Decay) -> Tensor:
     """W^0 x: the chunk's first state, or W_init for documents that began inside the piece."""
-    return _carried(project(x_HBCI, m.anchor_HBOI), m, x_HBCI, decay, init_HBCO)
+    return _carried(project(x_BCI, m.anchor_BOI), m, x_BCI, decay, None)
 
 
-def anchor_transposed(m: Matrix, g_HBCO: Tensor, decay: Decay) -> Tensor:
-    """W^0^T g, [H, B, C, I]."""
-    back = g_HBCO @ m.anchor_HBOI
-    if decay.carried_BC1 is None:
-        return back
-    return torch.where(decay.carried_BC1, back, (g_HBCO.flatten(1, 2) @ m.init_HOI).unflatten(1, g_HBCO.shape[1:3]))
+def anchor_transposed(m: Matrix, g_BCO: Tensor, decay: Decay) -> Tensor:
+    """W^0^T g, [G, B, C, I]."""
+    if g_BCO.shape[-1] == 1:
+        back, fresh = g_BCO * m.anchor_BOI, g_BCO * m.init_OI[..., None, :, :]
+    else:
+        back = g_BCO @ m.anchor_BOI
+        if decay.carried_BC1 is None:
+            return back
+        fresh = (g_BCO.flatten(-3, -2) @ m.init_OI).unflatten(-2, g_BCO.shape[-3:-1])
+    return back if decay.carried_BC1 is None else torch.where(decay.carried_BC1, back, fresh)
+
+
+def make_lower(keys_BCI: Tensor, eta_BC: Tensor, decay: Decay) -> Tensor:
+    """L_ij = eta_i (gamma_{i-1} / gamma_j) (x_i . x_j) for j < i, else 0."""
+    return eta_BC[..., None] * (decay.ratio_BCC * gram(keys_BCI))
+
+
+def make_system(keys_BCI: Tensor, eta_BC: Tensor, decay: Decay) -> System:
+    """L and (I + L)^-1: the same for every matrix with these keys and rates."""
+    lower = make_lower(keys_BCI, eta_BC, decay)
+    return lower, inverse_of(lower)
+
+
+def inverse_of(lower: Tensor) -> Tensor:
+    """(I + L)^-1, outside the graph: `solve_unit_lower` has the gradient."""
+    with torch.no_grad():
+        return unit_lower_inverse(lower.detach())
+
+
+def right_hand_side(m: Matrix, keys_BCI: Tensor, gradient_BCO: Tensor, anchored_BCO: Tensor, decay: Decay) -> Tensor:
+    """gamma_{i-1} D_0 x_i + W_init x_i + G_i (plus what momentum carried into the piece), before the factor eta."""
+    same = m.now_BOI is m.anchor_BOI
+    init = project_init(keys_BCI, m.init_OI) if m.to_init else None
+    now = anchored_BCO if same else _carried(project(keys_BCI, m.now_BOI), m, keys_BCI, decay, init)
+    kept = decay.previous_BC[..., None]
+    rhs = kept * now if init is None else kept * (now - init) + init
+    if decay.momentum is None:
+        return rhs + gradient_BCO
+    # the gradient is in the momentum
+    assert m.speed_BOI is not None
+    return rhs + decay.momentum.carry_previous_BC[..., None] * project(keys_BCI, m.speed_BOI)
 
 
 def solve_writes(
     m: Matrix,
-    keys_HBCI: Tensor,
-    eta_HBC: Tensor,
-    gradient_HBCO: Tensor,
-    anchored_HBCO: Tensor,
+    keys_BCI: Tensor,
+    eta_BC: Tensor,
+    gradient_BCO: Tensor,
+    anchored_BCO: Tensor,
     decay: Decay,
-    system: tuple[Tensor, Tensor] | None = None,
+    system: System | None,
 ) -> Writes:
-    """All writes of a piece. `anchored` is `at_anchor(m, keys)`; `system` is `make_system(...)` where it is shared."""
-    u_HBCO = eta_HBC[..., None] * gradient_HBCO
+    """All writes of a piece. `anchored` is `at_anchor(m, keys)`; `system` (of these keys and rates) is made where it is None."""
+    u_BCO = eta_BC[..., None] * gradient_BCO
     with_momentum = decay.momentum is not None
     if not m.rank_one:
-        return Writes(keys_HBCI, None if with_momentum else u_HBCO, u_HBCO if with_momentum else None)
-    lower, inverse = system if system is not None else make_system(keys_HBCI, eta_HBC, decay)
-    rhs_HBCO = _rhs(m, keys_HBCI, gradient_HBCO, anchored_HBCO, decay)
-    rhs_HBCO = eta_HBC[..., None] * rhs_HBCO
+        return Writes(keys_BCI, None if with_momentum else u_BCO, u_BCO if with_momentum else None)
+    rhs_BCO = eta_BC[..., None] * right_hand_side(m, keys_BCI, gradient_BCO, anchored_BCO, decay)
     if decay.momentum is not None:
-        gram = keys_HBCI @ keys_HBCI.mT
-        rhs_HBCO = rhs_HBCO - eta_HBC[..., None] * ((decay.momentum.mix_previous_HBCC * gram) @ u_HBCO)
-    return Writes(keys_HBCI, solve_unit_lower(lower, rhs_HBCO, inverse), u_HBCO if with_momentum else None)
+        mixed_BCC = decay.momentum.mix_previous_BCC * gram(keys_BCI)
+        rhs_BCO = rhs_BCO - eta_BC[..., None] * (mixed_BCC @ u_BCO)
+    if rhs_BCO.shape[-1] == 1:
+        lower = system[0] if system is not None else make_lower(keys_BCI, eta_BC, decay)
+        r_BCO = solve_one_row(lower, rhs_BCO)
+    else:
+        lower, inverse = system if system is not None else make_system(keys_BCI, eta_BC, decay)
+        r_BCO = solve_unit_lower(lower, rhs_BCO, inverse)
+    return Writes(keys_BCI, r_BCO, u_BCO if with_momentum else None)
 
 
-def make_system(keys_HBCI: Tensor, eta_HBC: Tensor, decay: Decay) -> tuple[Tensor, Tensor]:
-    """L and (I + L)^-1: the same for every matrix with these keys and rates."""
-    lower = eta_HBC[..., None] * (decay.ratio_HBCC * (keys_HBCI @ keys_HBCI.mT))
-    with torch.no_grad():
-        inverse = unit_lower_inverse(lower.detach())
-    return lower, inverse
-
-
-def read(m: Matrix, writes: Writes, x_HBCI: Tensor, decay: Decay, after: bool) -> Tensor:
-    """W_t x_t (`after`) or W_{t-1} x_t, [H, B, C, O]."""
-    init_HBCO = project_init(x_HBCI, m.init_HOI) if m.to_init else None
-    now_HBCO = _carried(project(x_HBCI, m.now_HBOI), m, x_HBCI, decay, init_HBCO)
-    kept_HBC1 = (decay.now_HBC if after else decay.previous_HBC)[..., None]
-    result = kept_HBC1 * now_HBCO
-    if init_HBCO is not None:
-        result = result + (1.0 - kept_HBC1) * init_HBCO
-    score_HBCC = x_HBCI @ writes.keys_HBCI.mT
-    if writes.r_HBCO is not None:
-        result = result - ((decay.after_HBCC if after else decay.ratio_HBCC) * score_HBCC) @ writes.r_HBCO
+def read(m: Matrix, writes: Writes, x_BCI: Tensor, decay: Decay, after: bool) -> Tensor:
+    """W_t x_t (`after`) or W_{t-1} x_t, [G, B, C, O]."""
+    init_BCO = project_init(x_BCI, m.init_OI) if m.to_init else None
+    now_BCO = _carried(project(x_BCI, m.now_BOI), m, x_BCI, decay, init_BCO)
+    kept_BC1 = (decay.now_BC if after else decay.previous_BC)[..., None]
+    result = kept_BC1 * now_BCO if init_BCO is None else kept_BC1 * (now_BCO - init_BCO) + init_BCO
+    score_BCC = x_BCI @ writes.keys_BCI.mT
+    if writes.r_BCO is not None:
+        result = result - ((decay.after_BCC if after else decay.ratio_BCC) * score_BCC) @ writes.r_BCO
     if decay.momentum is not None:
-        assert writes.u_HBCO is not None and m.speed_HBOI is not None
+        assert writes.u_BCO is not None and m.speed_BOI is not None
         momentum = decay.momentum
-        mix = momentum.mix_after_HBCC if after else momentum.mix_previous_HBCC
-        carry_HBC = momentum.carry_after_HBC if after else momentum.carry_previous_HBC
-        result = result - (mix * score_HBCC) @ writes.u_HBCO + carry_HBC[..., None] * project(x_HBCI, m.speed_HBOI)
+        mix = momentum.mix_after_BCC if after else momentum.mix_previous_BCC
+        carry_BC = momentum.carry_after_BC if after else momentum.carry_previous_BC
+        result = result - (mix * score_BCC) @ writes.u_BCO + carry_BC[..., None] * project(x_BCI, m.speed_BOI)
     return result
 
 
 def commit(m: Matrix, writes: Writes, decay: Decay) -> tuple[Tensor, Tensor | None]:
     """The matrix (and its momentum) after the piece's last token, before any clamp."""
-    carried = decay.carried_last()
-    init_HBOI = m.init_HOI[:, None]
-    now_HBOI = m.now_HBOI if carried is None else torch.where(carried, m.now_HBOI, init_HBOI)
-    kept_HB11 = decay.now_HBC[..., -1:, None]
-    new_HBOI = kept_HB11 * now_HBOI
-    if m.to_init:
-        new_HBOI = new_HBOI + (1.0 - kept_HB11) * init_HBOI
-    if writes.r_HBCO is not None:
-        new_HBOI = new_HBOI - writes.r_HBCO.mT @ (decay.last_HBC[..., None] * writes.keys_HBCI)
+    new_BOI = decayed(m, decay)
+    if writes.r_BCO is not None:
+        new_BOI = new_BOI - writes.r_BCO.mT @ (decay.last_BC[..., None] * writes.keys_BCI)
     if decay.momentum is None:
-        return new_HBOI, None
-    assert writes.u_HBCO is not None and m.speed_HBOI is not None
+        return new_BOI, None
+    assert writes.u_BCO is not None and m.speed_BOI is not None
     momentum = decay.momentum
-    mixed = momentum.mix_after_HBCC[..., -1, :, None] * writes.keys_HBCI
-    new_HBOI = new_HBOI - writes.u_HBCO.mT @ mixed + momentum.carry_after_HBC[..., -1:, None] * m.speed_HBOI
-    speed = momentum.speed_carry_HB[..., None, None] * m.speed_HBOI
-    speed = speed - writes.u_HBCO.mT @ (momentum.speed_last_HBC[..., None] * writes.keys_HBCI)
-    return new_HBOI, speed
+    mixed = momentum.mix_after_BCC[..., -1, :, None] * writes.keys_BCI
+    new_BOI = new_BOI - writes.u_BCO.mT @ mixed + momentum.carry_after_BC[..., -1:, None] * m.speed_BOI
+    speed = momentum.speed_carry_B[..., None, None] * m.speed_BOI
+    speed = speed - writes.u_BCO.mT @ (momentum.speed_last_BC[..., None] * writes.keys_BCI)
+    return new_BOI, speed
 
 
-def commit_unread(
-    m: Matrix,
-    keys_HBCI: Tensor,
-    eta_HBC: Tensor,
-    gradient_HBCO: Tensor,
-    anchored_HBCO: Tensor,
-    decay: Decay,
-    system: tuple[Tensor, Tensor] | None = None,
-    shared: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`solve_writes` and `commit` for a matrix that is only read at chunk starts, with one solve for all of its rows.
+def decayed(m: Matrix, decay: Decay) -> Tensor:
+    """The matrix after the piece as if nothing had been written."""
+    carried = decay.carried_last()
+    init_BOI = m.init_OI[..., None, :, :]
+    now_BOI = m.now_BOI if carried is None else torch.where(carried, m.now_BOI, init_BOI)
+    kept_B11 = decay.now_BC[..., -1:, None]
+    return kept_B11 * (now_BOI - init_BOI) + init_BOI if m.to_init else kept_B11 * now_BOI
 
-    R^T (w K) = rhs^T [(I + L)^-T (w K)]: the solve is on the keys (`shared`, from `solved_keys`), whatever the number of rows.
+
+def solved_keys(keys_BCI: Tensor, eta_BC: Tensor, decay: Decay, system: System) -> Tensor:
+    """diag(eta) (I + L)^-T (w K), [G, B, C, I], with w_i = gamma_C / gamma_i.
+
+    R^T (w K) = rhs^T [(I + L)^-T (w K)]: a matrix that is only read at chunk starts needs no solve of its own, whatever its rows.
     """
-    if not m.rank_one or decay.momentum is not None or m.anchor_HBOI.shape[-2] == 1:
-        return commit(m, solve_writes(m, keys_HBCI, eta_HBC, gradient_HBCO, anchored_HBCO, decay, system), decay)
-    if shared is None:
-        shared = solved_keys(keys_HBCI, eta_HBC, decay, system)
-    rhs_HBCO = _rhs(m, keys_HBCI, gradient_HBCO, anchored_HBCO, decay)
-    none = Writes(keys_HBCI, None, None)
-    new_HBOI, _ = commit(m, none, decay)
-    return new_HBOI - rhs_HBCO.mT @ shared, None
+    solved = solve_unit_lower(system[0], decay.last_BC[..., None] * keys_BCI, system[1], transposed=True)
+    return eta_BC[..., None] * solved
 
 
-def solved_keys(
-    keys_HBCI: Tensor, eta_HBC: Tensor, decay: Decay, system: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """diag(eta) (I + L)^-T (w K), [H, B, C, I]."""
-    lower, inverse = system if system is not None else make_system(keys_HBCI, eta_HBC, decay)
-    solved = solve_unit_lower(lower, decay.last_HBC[..., None] * keys_HBCI, inverse, transposed=True)
-    return eta_HBC[..., None] * solved
-
-
-def clamp(weight_HBOI: Tensor, init_HOI: Tensor, kappa: float, boxes: int = 1) -> Tensor:
+def clamp(weight_BOI: Tensor, init_OI: Tensor, kappa: float, boxes: int = 1) -> Tensor:
     """Hold |W|_F of each of `boxes` equal stacks of rows to kappa |W_init|_F, per head and sequence."""
-    init = init_HOI.unflatten(-2, (boxes, -1))
-    weight = weight_HBOI.unflatten(-2, (boxes, -1))
-    limit = kappa * init.square().sum((-2, -1), keepdim=True).sqrt()[:, None]
+    init = init_OI.unflatten(-2, (boxes, -1))[..., None, :, :, :]
+    weight = weight_BOI.unflatten(-2, (boxes, -1))
+    limit = kappa * init.square().sum((-2, -1), keepdim=True).sqrt()
     squares = weight.square().sum((-2, -1), keepdim=True)
     over = squares > limit.square()
     # the square root is taken of a safe number where nothing is held, so that its gradient is finite
@@ -186,22 +228,7 @@ def clamp(weight_HBOI: Tensor, init_HOI: Tensor, kappa: float, boxes: int = 1) -
     return (weight * factor).flatten(-3, -2)
 
 
-def _rhs(m: Matrix, keys: Tensor, gradient: Tensor, anchored: Tensor, decay: Decay) -> Tensor:
-    """gamma_{i-1} D_0 x_i + W_init x_i + G_i (plus what momentum carried into the piece), before the factor eta."""
-    same = m.now_HBOI is m.anchor_HBOI
-    init = project_init(keys, m.init_HOI) if m.to_init else None
-    now = anchored if same else _carried(project(keys, m.now_HBOI), m, keys, decay, init)
-    kept = decay.previous_HBC[..., None]
-    rhs = kept * now if init is None else kept * (now - init) + init
-    if decay.momentum is None:
-        rhs = rhs + gradient
-    else:  # the gradient is in the momentum
-        assert m.speed_HBOI is not None
-        rhs = rhs + decay.momentum.carry_previous_HBC[..., None] * project(keys, m.speed_HBOI)
-    return rhs
-
-
 def _carried(carried: Tensor, m: Matrix, x: Tensor, decay: Decay, init: Tensor | None) -> Tensor:
     if decay.carried_BC1 is None:
         return carried
-    return torch.where(decay.carried_BC1, carried, project_init(x, m.init_HOI) if init is None else init)
+    return torch.where(decay.carried_BC1, carried, project_init(x, m.init_OI) if init is None else init)

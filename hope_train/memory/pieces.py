@@ -1,7 +1,8 @@
-"""One piece of a chunk for a whole group of memories: read, write, commit. Pure functions of tensors.
+"""One piece of a chunk for a group of memories: generate, write, read, commit. Pure functions of tensors.
 
-A group's matrices are stacked: `w2` holds the rows of all boxes ([H, B, P E, N]), `w1_<box>` one matrix each; linear boxes are the
-rows of one matrix `w`. All W2 of a group share their keys, hence one Gram matrix and one solve.
+A group's matrices are stacked, so that each step is a few large products: `w2` holds the rows of all boxes ([H, B, P E, N]; they
+share their keys, hence one Gram matrix and one solve), `w1` the matrices of the matrix boxes ([H, M, B, N, E]), `w1s` the rows
+of the scalar ones ([H, S, B, 1, E]). Linear boxes are the rows of one matrix `w`. Scalars come first, the main memory last.
 """
 
 from __future__ import annotations
@@ -14,17 +15,11 @@ from torch import Tensor
 from hope_train.config.model import MemoryConfig
 from hope_train.memory import passes
 from hope_train.memory.decay import Decay, make_decay
-from hope_train.memory.passes import Matrix
-from hope_train.memory.rules import (
-    MEMORY_BOXES,
-    SCALAR_BOXES,
-    Boxes,
-    Init,
-    activation,
-    activation_and_slope,
-    generator_boxes,
-    l2norm,
-)
+from hope_train.memory.passes import Matrix, Writes
+from hope_train.memory.rules import Boxes, Init, activation, activation_and_slope, l2norm
+
+Made = tuple[Tensor, ...]
+"""What the generators made: k, v [H, B, C, N], eta, log alpha [H, B, C] and, where it is adaptive, raw q."""
 
 
 @dataclass
@@ -37,32 +32,94 @@ class Group:
 
 
 def stack_init(config: MemoryConfig, init: Init, boxes: Boxes) -> dict[str, Tensor]:
-    """Initial states of a group under their stacked names, [H, rows, width]."""
+    """Initial states of a group under their stacked names, without the sequences."""
     if config.kind == "linear":
         return {"w": torch.cat([init[f"w_{box}"] for box in boxes.all], 1)}
-    stacked = {"w2": torch.cat([init[f"w2_{box}"] for box in boxes.all], 1)}
-    return stacked | {f"w1_{box}": init[f"w1_{box}"] for box in boxes.all}
+    stacked = {
+        "w2": torch.cat([init[f"w2_{box}"] for box in boxes.all], 1),
+        "w1": torch.stack([init[f"w1_{box}"] for box in boxes.matrix], 1),
+    }
+    if boxes.scalar:
+        stacked["w1s"] = torch.stack([init[f"w1_{box}"] for box in boxes.scalar], 1)
+    return stacked
 
 
-def initial_groups(config: MemoryConfig, init: Init, batch: int) -> tuple[Group, Group]:
-    """Generators and main memory before the first token."""
-    groups = []
-    for boxes in (generator_boxes(config), MEMORY_BOXES):
-        weights = {
-            name: w[:, None].expand(-1, batch, -1, -1).contiguous() for name, w in stack_init(config, init, boxes).items()
-        }
-        speed = {name: torch.zeros_like(w) for name, w in weights.items()} if config.momentum else {}
-        groups.append(Group(weights, weights, speed))
-    return groups[0], groups[1]
+def initial_group(config: MemoryConfig, init: dict[str, Tensor], batch: int) -> Group:
+    """A group before the first token, from its stacked initial states."""
+    weights = {
+        name: w[..., None, :, :].expand(*w.shape[:-2], batch, *w.shape[-2:]).contiguous() for name, w in init.items()
+    }
+    speed = {name: torch.zeros_like(w) for name, w in weights.items()} if config.momentum else {}
+    return Group(weights, weights, speed)
+
+
+def generator_piece(
+    config: MemoryConfig,
+    boxes: Boxes,
+    init: dict[str, Tensor],
+    theta_logit_H: Tensor | None,
+    group: Group,
+    z_HBCN: Tensor,
+    starts_BC: Tensor | None,
+    ends_chunk: bool,
+) -> tuple[Made, Group]:
+    """What the generators make of a piece, and the generators after it."""
+    step = _Step(config, boxes, init, group)
+    made = step.generate(z_HBCN, starts_BC, boxes)
+    decay = make_decay(made[3], starts_BC, _log_theta(theta_logit_H))
+    _, after = step.write(made, None, decay, ends_chunk)
+    return made, after
+
+
+def memory_piece(
+    config: MemoryConfig,
+    boxes: Boxes,
+    init: dict[str, Tensor],
+    theta_logit_H: Tensor | None,
+    group: Group,
+    made: Made,
+    starts_BC: Tensor | None,
+    ends_chunk: bool,
+) -> tuple[Tensor, Group]:
+    """o [H, B, C, N] from k, v, eta, log alpha and raw q, and the main memory after the piece."""
+    step = _Step(config, boxes, init, group)
+    decay = make_decay(made[3], starts_BC, _log_theta(theta_logit_H))
+    output, after = step.write(made, made[4], decay, ends_chunk)
+    assert output is not None
+    return output, after
+
+
+def joint_piece(
+    config: MemoryConfig,
+    boxes: Boxes,
+    init: dict[str, Tensor],
+    theta_logit_H: Tensor | None,
+    group: Group,
+    z_HBCN: Tensor,
+    q_HBCN: Tensor | None,
+    starts_BC: Tensor | None,
+    ends_chunk: bool,
+) -> tuple[Tensor, Group]:
+    """Generators and main memory as one group, where their chunks are equally long."""
+    step = _Step(config, boxes, init, group)
+    made = step.generate(z_HBCN, starts_BC, Boxes(boxes.scalar, boxes.matrix[:-1]))
+    decay = make_decay(made[3], starts_BC, _log_theta(theta_logit_H))
+    output, after = step.write(made, made[4] if q_HBCN is None else q_HBCN, decay, ends_chunk)
+    assert output is not None
+    return output, after
+
+
+def _log_theta(theta_logit_H: Tensor | None) -> Tensor | None:
+    return None if theta_logit_H is None else torch.nn.functional.logsigmoid(theta_logit_H)
 
 
 class _Step:
-    """The matrices of a group over one piece, with what the writes need."""
+    """The matrices of a group over one piece."""
 
-    def __init__(self, config: MemoryConfig, init: Init, boxes: Boxes, group: Group) -> None:
-        self.config, self.boxes, self.group = config, boxes, group
-        self.init = stack_init(config, init, boxes)
-        self.matrices = {
+    def __init__(self, config: MemoryConfig, boxes: Boxes, init: dict[str, Tensor], group: Group) -> None:
+        self.config, self.boxes, self.group, self.init = config, boxes, group, init
+        self.linear = config.kind == "linear"
+        self.m = {
             name: Matrix(
                 group.anchor[name],
                 group.now[name],
@@ -71,175 +128,166 @@ class _Step:
                 config.decay_to == "init",
                 config.rank_one == "both" or not name.startswith("w1"),
             )
-            for name, initial in self.init.items()
+            for name, initial in init.items()
         }
-        self.widths = [1 if box in SCALAR_BOXES else -1 for box in boxes.all]
 
-    def rows(self, stacked: Tensor, width: int) -> dict[str, Tensor]:
-        """Split stacked output rows by box."""
-        if self.config.kind == "mlp":
-            return dict(zip(self.boxes.all, stacked.split(stacked.shape[-1] // len(self.boxes.all), -1), strict=True))
-        sizes = [1 if box in SCALAR_BOXES else width for box in self.boxes.all]
-        return dict(zip(self.boxes.all, stacked.split(sizes, -1), strict=True))
+    def generate(self, z_HBCN: Tensor, starts_BC: Tensor | None, boxes: Boxes) -> Made:
+        """k, v, eta, log alpha (and raw q) from the anchors of `boxes`, which come first in the group."""
+        config, scalars, width = self.config, len(boxes.scalar), z_HBCN.shape[-1]
+        documents = make_decay(z_HBCN.new_zeros(z_HBCN.shape[:3]), starts_BC, None) if starts_BC is not None else None
+        if self.linear:
+            rows = scalars + len(boxes.matrix) * width
+            y = self._anchored("w", z_HBCN, documents, rows)
+            raw = y[..., :scalars].movedim(-1, 0)
+            values = y[..., scalars:].unflatten(-1, (-1, width)).movedim(-2, 0)
+        else:
+            hidden_width = self.init["w2"].shape[-2] // len(self.boxes.all)
+            pre = self._anchored("w2", z_HBCN, documents, len(boxes.all) * hidden_width)
+            hidden = activation(config.activation)(_by_box(pre, len(boxes.all))).contiguous()
+            raw = self._anchored("w1s", hidden[:, :scalars], documents)[..., 0].movedim(1, 0)
+            w1 = self._anchored("w1", hidden[:, scalars:], documents, boxes=len(boxes.matrix))
+            values = (z_HBCN[:, None] + w1).movedim(1, 0)
+        eta = config.eta_max * torch.sigmoid(raw[0] + config.eta_bias)
+        log_alpha = torch.nn.functional.logsigmoid(raw[1] + config.alpha_bias)
+        k, v = l2norm(values[0]), l2norm(values[1]) if config.normalize_v else values[1]
+        return (k, v, eta, log_alpha, *values[2:])
 
-    def forward(self, x: Tensor, decay: Decay | None) -> dict[str, Tensor]:
-        """M_box^0(x) of every box (raw scalars for eta and alpha)."""
-        if self.config.kind == "linear":
-            return self.rows(self._anchored("w", x, decay), x.shape[-1])
-        hidden = self.rows(activation(self.config.activation)(self._anchored("w2", x, decay)), x.shape[-1])
-        return {box: self.top(box, hidden[box], x, decay) for box in self.boxes.all}
+    def write(self, made: Made, q: Tensor | None, decay: Decay, ends_chunk: bool) -> tuple[Tensor | None, Group]:
+        """Write k -> M^0(v) into every box; with `q` also the last box's answers."""
+        if q is not None and self.config.normalize_q:
+            q = l2norm(q)
+        output, new = self._write_linear(made, q, decay) if self.linear else self._write_mlp(made, q, decay)
+        return output, self._finish(new, decay, ends_chunk)
 
-    def top(self, box: str, hidden: Tensor, x: Tensor, decay: Decay | None) -> Tensor:
-        """W1^0 h, plus the skip connection of the matrix boxes."""
-        y = self._anchored(f"w1_{box}", hidden, decay)
-        return y if box in SCALAR_BOXES else x + y
+    def _write_linear(
+        self, made: Made, q: Tensor | None, decay: Decay
+    ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor | None]]]:
+        k, v, eta = made[:3]
+        at_k, at_v = self._anchored("w", torch.cat((k, v), -2), decay.doubled()).split(k.shape[-2], -2)
+        gradient = 2.0 * self.config.loss_factor * (at_k - at_v)
+        system = passes.make_system(k, eta, decay)
+        new, writes = self._write_shared("w", k, eta, gradient, at_k, decay, system, k.shape[-1], q is not None)
+        if q is None:
+            return None, {"w": new}
+        assert writes is not None
+        return self._read(self.m["w"].last_rows(k.shape[-1]), writes, q, decay), {"w": new}
 
-    def _anchored(self, name: str, x: Tensor, decay: Decay | None) -> Tensor:
+    def _write_mlp(
+        self, made: Made, q: Tensor | None, decay: Decay
+    ) -> tuple[Tensor | None, dict[str, tuple[Tensor, Tensor | None]]]:
+        config, scalars, boxes = self.config, len(self.boxes.scalar), len(self.boxes.all)
+        k, v, eta = made[:3]
+        size = k.shape[-2]
+        factor = 2.0 * config.loss_factor
+        at_k, at_v = self._anchored("w2", torch.cat((k, v), -2), decay.doubled()).split(size, -2)
+        value, slope = activation_and_slope(config.activation, _by_box(at_k, boxes))
+        h = value.contiguous()
+        h_v = activation(config.activation)(_by_box(at_v, boxes)).contiguous()
+
+        # G2 = (W1^T g) s'(W2 k), g = M^0(k) - M^0(v): matrix boxes, then scalar ones
+        both = torch.cat((h[:, scalars:], h_v[:, scalars:]), -2)
+        at_h, at_hv = self._anchored("w1", both, decay.doubled()).split(size, -2)
+        g = factor * ((k - v)[:, None] + (at_h - at_hv))
+        back = passes.anchor_transposed(self.m["w1"], g, decay)
+        stack = decay.stacked()
+        if scalars:
+            at_s = self._anchored("w1s", h[:, :scalars], decay)
+            g_s = factor * (at_s - self._anchored("w1s", h_v[:, :scalars], decay))
+            back = torch.cat((passes.anchor_transposed(self.m["w1s"], g_s, decay), back), 1)
+        gradient = (back * slope).permute(0, 2, 3, 1, 4).flatten(-2)
+
+        new: dict[str, tuple[Tensor, Tensor | None]] = {}
+        system = passes.make_system(k, eta, decay)
+        width = h.shape[-1]
+        new["w2"], writes_2 = self._write_shared("w2", k, eta, gradient, at_k, decay, system, width, q is not None)
+        rate, top, top_s = eta[:, None].expand(h.shape[:-1]), None, None
+        if self.m["w1"].rank_one:
+            rate = eta[:, None] / (1.0 + eta[:, None] * h.square().sum(-1))
+            lower = passes.make_lower(h, rate, stack)
+            top, top_s = (lower[:, scalars:], passes.inverse_of(lower[:, scalars:])), (lower[:, :scalars], lower)
+        writes_1 = passes.solve_writes(self.m["w1"], h[:, scalars:], rate[:, scalars:], g, at_h, stack, top)
+        new["w1"] = passes.commit(self.m["w1"], writes_1, stack)
+        if scalars:
+            writes_s = passes.solve_writes(self.m["w1s"], h[:, :scalars], rate[:, :scalars], g_s, at_s, stack, top_s)
+            new["w1s"] = passes.commit(self.m["w1s"], writes_s, stack)
+        if q is None:
+            return None, new
+        assert writes_2 is not None
+        a = activation(config.activation)(self._read(self.m["w2"].last_rows(width), writes_2, q, decay))
+        return q + self._read(self.m["w1"].last_of_stack(), _last(writes_1), a, decay), new
+
+    def _write_shared(
+        self,
+        name: str,
+        k: Tensor,
+        eta: Tensor,
+        gradient: Tensor,
+        at_k: Tensor,
+        decay: Decay,
+        system: passes.System,
+        last: int,
+        wanted: bool,
+    ) -> tuple[tuple[Tensor, Tensor | None], Writes | None]:
+        """Commit a matrix whose rows share the keys k; where `wanted`, also the writes to its last rows."""
+        matrix = self.m[name]
+        if decay.momentum is not None or (wanted and matrix.anchor_BOI.shape[-2] == last):
+            writes = passes.solve_writes(matrix, k, eta, gradient, at_k, decay, system)
+            rows = [None if x is None else x[..., -last:] for x in (writes.r_BCO, writes.u_BCO)]
+            return passes.commit(matrix, writes, decay), Writes(k, *rows)
+        rhs = passes.right_hand_side(matrix, k, gradient, at_k, decay)
+        new = passes.decayed(matrix, decay) - rhs.mT @ passes.solved_keys(k, eta, decay, system)
+        if not wanted:
+            return (new, None), None
+        r = passes.solve_unit_lower(system[0], eta[..., None] * rhs[..., -last:], system[1])
+        return (new, None), Writes(k, r, None)
+
+    def _read(self, matrix: Matrix, writes: Writes, x: Tensor, decay: Decay) -> Tensor:
+        if self.config.read == "start":
+            return passes.at_anchor(matrix, x, decay)
+        return passes.read(matrix, writes, x, decay, self.config.read == "after")
+
+    def _anchored(
+        self, name: str, x: Tensor, decay: Decay | None, rows: int | None = None, boxes: int | None = None
+    ) -> Tensor:
+        """W^0 x, of the first `rows` rows or the first `boxes` matrices of the stack only."""
+        m = self.m[name]
+        anchor, init = m.anchor_BOI, m.init_OI
+        if rows is not None and rows < anchor.shape[-2]:
+            anchor, init = anchor[..., :rows, :], init[..., :rows, :]
+        if boxes is not None and boxes < anchor.shape[1]:
+            anchor, init = anchor[:, :boxes], init[:, :boxes]
         if decay is None:
-            return passes.project(x, self.matrices[name].anchor_HBOI)
-        return passes.at_anchor(self.matrices[name], x, decay)
+            return passes.project(x, anchor)
+        return passes.at_anchor(Matrix(anchor, anchor, init, None, m.to_init, m.rank_one), x, decay)
 
-    def finish(self, new: dict[str, tuple[Tensor, Tensor | None]], ends_chunk: bool) -> Group:
-        """The group after the piece; at a chunk's end clamped, and the new anchor."""
+    def _finish(self, new: dict[str, tuple[Tensor, Tensor | None]], decay: Decay, ends_chunk: bool) -> Group:
+        """The group after the piece: at a chunk's end clamped and the new anchor, inside one with the old anchor."""
         now = {name: weight for name, (weight, _) in new.items()}
         speed = {name: velocity for name, (_, velocity) in new.items() if velocity is not None}
-        if not ends_chunk:
-            return Group(self.group.anchor, now, speed)
-        if self.config.clamp is not None:
-            now = {name: self._clamped(name, weight) for name, weight in now.items()}
-        return Group(now, now, speed)
+        if ends_chunk:
+            if self.config.clamp is not None:
+                now = {name: self._clamped(name, weight, self.config.clamp) for name, weight in now.items()}
+            return Group(now, now, speed)
+        anchor, carried = self.group.anchor, decay.carried_last()
+        if carried is not None:  # the document that began inside the piece has W_init for the rest of its chunk
+            anchor = {name: torch.where(carried, anchor[name], w[..., None, :, :]) for name, w in self.init.items()}
+        return Group(anchor, now, speed)
 
-    def _clamped(self, name: str, weight: Tensor) -> Tensor:
-        assert self.config.clamp is not None
+    def _clamped(self, name: str, weight: Tensor, kappa: float) -> Tensor:
         init = self.init[name]
-        if name == "w":
-            sizes = [1 if box in SCALAR_BOXES else init.shape[-1] for box in self.boxes.all]
-            parts = zip(weight.split(sizes, -2), init.split(sizes, -2), strict=True)
-            return torch.cat([passes.clamp(w, i, self.config.clamp) for w, i in parts], -2)
-        return passes.clamp(weight, init, self.config.clamp, len(self.boxes.all) if name == "w2" else 1)
-
-    def set_documents(self, anchors_reset: Tensor | None) -> None:
-        """Documents that begin inside the piece have been handled; the anchor of the rest of the chunk is their W_init."""
-        if anchors_reset is None:
-            return
-        for name, initial in self.init.items():
-            anchor = self.group.anchor[name]
-            self.group = Group(
-                self.group.anchor | {name: torch.where(anchors_reset, anchor, initial[:, None])},
-                self.group.now,
-                self.group.speed,
-            )
+        if name != "w":
+            return passes.clamp(weight, init, kappa, len(self.boxes.all) if name == "w2" else 1)
+        sizes = [1] * len(self.boxes.scalar) + [init.shape[-1]] * len(self.boxes.matrix)
+        parts = zip(weight.split(sizes, -2), init.split(sizes, -2), strict=True)
+        return torch.cat([passes.clamp(w, i, kappa) for w, i in parts], -2)
 
 
-def generator_piece(
-    config: MemoryConfig, init: Init, group: Group, z_HBCN: Tensor, starts_BC: Tensor | None, ends_chunk: bool
-) -> tuple[tuple[Tensor, ...], Group]:
-    """k, v [H, B, C, N], eta, log alpha [H, B, C] (and raw q), and the generators after the piece."""
-    step = _Step(config, init, generator_boxes(config), group)
-    zero = z_HBCN.new_zeros(z_HBCN.shape[:3])
-    documents = None if starts_BC is None else make_decay(zero, starts_BC, None)
-    made = step.forward(z_HBCN, documents)
-    k, v = l2norm(made["k"]), l2norm(made["v"]) if config.normalize_v else made["v"]
-    eta = config.eta_max * torch.sigmoid(made["eta"][..., 0] + config.eta_bias)
-    log_alpha = torch.nn.functional.logsigmoid(made["alpha"][..., 0] + config.alpha_bias)
-    decay = make_decay(log_alpha, starts_BC, _log_theta(config, init))
-    after = _write(step, k, v, eta, decay, None, ends_chunk)[0]
-    return (k, v, eta, log_alpha, *([made["q"]] if config.adaptive_q else [])), after
+def _by_box(x_HBCR: Tensor, boxes: int) -> Tensor:
+    """Stacked rows as [H, P, B, C, E] (a view)."""
+    return x_HBCR.unflatten(-1, (boxes, -1)).permute(0, 3, 1, 2, 4)
 
 
-def memory_piece(
-    config: MemoryConfig,
-    init: Init,
-    group: Group,
-    inputs: list[Tensor],
-    starts_BC: Tensor | None,
-    ends_chunk: bool,
-) -> tuple[Tensor, Group]:
-    """o [H, B, C, N] from k, v, eta, log alpha and q, and the main memory after the piece."""
-    k, v, eta, log_alpha, q = inputs
-    step = _Step(config, init, MEMORY_BOXES, group)
-    decay = make_decay(log_alpha, starts_BC, _log_theta(config, init))
-    after, output = _write(step, k, v, eta, decay, q, ends_chunk)
-    assert output is not None
-    return output, after
-
-
-def finish_query(config: MemoryConfig, q: Tensor) -> Tensor:
-    """The query as the memory sees it."""
-    return l2norm(q) if config.normalize_q else q
-
-
-def _log_theta(config: MemoryConfig, init: Init) -> Tensor | None:
-    return torch.nn.functional.logsigmoid(init["theta_logit"]) if config.momentum else None
-
-
-def _write(
-    step: _Step, k: Tensor, v: Tensor, eta: Tensor, decay: Decay, q: Tensor | None, ends_chunk: bool
-) -> tuple[Group, Tensor | None]:
-    """Write k -> M^0(v) into every box of a group; with `q` also answer it."""
-    config, boxes = step.config, step.boxes
-    size = k.shape[-2]
-    factor = 2.0 * config.loss_factor
-    system = passes.make_system(k, eta, decay)
-    shared = passes.solved_keys(k, eta, decay, system) if q is None and decay.momentum is None else None
-    bottom = "w" if config.kind == "linear" else "w2"
-    both = step._anchored(bottom, torch.cat((k, v), -2), _twice(decay))
-    at_k, at_v = both.split(size, -2)
-    new: dict[str, tuple[Tensor, Tensor | None]] = {}
-    output: Tensor | None = None
-    gradients: list[Tensor] = []
-    tops: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-    if config.kind == "linear":
-        gradients = [factor * (at_k - at_v)]
-    else:
-        value, slope = activation_and_slope(config.activation, at_k)
-        hidden, slopes = step.rows(value, size), step.rows(slope, size)
-        targets = step.rows(activation(config.activation)(at_v), size)
-        for box in boxes.all:
-            h, matrix = hidden[box], step.matrices[f"w1_{box}"]
-            anchored = passes.at_anchor(matrix, h, decay)
-            error = anchored - passes.at_anchor(matrix, targets[box], decay)
-            gradient = factor * (error if box in SCALAR_BOXES else k - v + error)
-            gradients.append(passes.anchor_transposed(matrix, gradient, decay) * slopes[box])
-            rate = eta / (1.0 + eta * h.square().sum(-1)) if matrix.rank_one else eta
-            tops[box] = (h, rate, gradient, anchored)
-    stacked = torch.cat(gradients, -1)
-    if q is None:
-        new[bottom] = passes.commit_unread(step.matrices[bottom], k, eta, stacked, at_k, decay, system, shared)
-        for box, (h, rate, gradient, anchored) in tops.items():
-            new[f"w1_{box}"] = passes.commit_unread(step.matrices[f"w1_{box}"], h, rate, gradient, anchored, decay)
-    else:
-        x = q
-        names = [bottom] if config.kind == "linear" else [bottom, "w1_mem"]
-        for name in names:
-            matrix = step.matrices[name]
-            if name == bottom:
-                writes = passes.solve_writes(matrix, k, eta, stacked, at_k, decay, system)
-            else:
-                h, rate, gradient, anchored = tops["mem"]
-                writes = passes.solve_writes(matrix, h, rate, gradient, anchored, decay)
-            new[name] = passes.commit(matrix, writes, decay)
-            if config.read == "start":
-                x = passes.at_anchor(matrix, x, decay)
-            else:
-                x = passes.read(matrix, writes, x, decay, config.read == "after")
-            if name == "w2":
-                x = activation(config.activation)(x)
-        output = x if config.kind == "linear" else q + x
-    if not ends_chunk and decay.carried_BC1 is not None:
-        step.set_documents(decay.carried_last())
-    return step.finish(new, ends_chunk), output
-
-
-def _twice(decay: Decay) -> Decay:
-    """The same documents for keys and values stacked behind each other."""
-    if decay.carried_BC1 is None:
-        return decay
-    return Decay(
-        decay.ratio_HBCC,
-        decay.after_HBCC,
-        decay.previous_HBC,
-        decay.now_HBC,
-        torch.cat((decay.carried_BC1, decay.carried_BC1), -2),
-        decay.momentum,
-    )
+def _last(writes: Writes) -> Writes:
+    """The writes of the last matrix of a stack."""
+    r, u = (None if x is None else x[:, -1] for x in (writes.r_BCO, writes.u_BCO))
+    return Writes(writes.keys_BCI[:, -1], r, u)

@@ -24,23 +24,29 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Boxes:
-    """Which memories there are, in the order in which they are stacked."""
+    """A group of memories that share keys, in the order in which they are stacked: scalars first."""
 
-    matrix: tuple[str, ...]
     scalar: tuple[str, ...]
+    matrix: tuple[str, ...]
 
     @property
     def all(self) -> tuple[str, ...]:
-        """Matrix boxes first."""
-        return self.matrix + self.scalar
+        """Scalar boxes, then matrix boxes."""
+        return self.scalar + self.matrix
 
 
 def generator_boxes(config: MemoryConfig) -> Boxes:
-    """k, v, (q), eta, alpha: read at their own chunk's first state."""
-    return Boxes(("k", "v", "q") if config.adaptive_q else ("k", "v"), SCALAR_BOXES)
+    """eta, alpha, k, v, (q): read at their own chunk's first state."""
+    return Boxes(SCALAR_BOXES, ("k", "v", "q") if config.adaptive_q else ("k", "v"))
 
 
-MEMORY_BOXES = Boxes(("mem",), ())
+MEMORY_BOXES = Boxes((), ("mem",))
+
+
+def joint_boxes(config: MemoryConfig) -> Boxes:
+    """All of them, the main memory last: where their chunks are equally long they are one group."""
+    generators = generator_boxes(config)
+    return Boxes(generators.scalar, generators.matrix + MEMORY_BOXES.matrix)
 
 
 def parameter_shapes(config: MemoryConfig, heads: int, width: int) -> dict[str, tuple[int, ...]]:

@@ -118,6 +118,14 @@ class HopeModel(nn.Module):
             x_BTD, after[name] = block.step(x_BTD, state.blocks[name], starts_BT)
         return nn.functional.linear(self.norm(x_BTD), self.head_weight_VD), ModelState(after)
 
+    def compile_memory(self, budget: float = 1.0) -> None:
+        """Run the memories' chunk functions through torch.compile (no effect on attention). See `memory.compiled`."""
+        from hope_train.memory.compiled import compiled_kernels  # imports the compiler
+
+        for block in self.blocks.values():
+            if isinstance(block.mixer, SelfModifyingTitans):
+                block.mixer.kernels = compiled_kernels(budget)
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill every parameter from `seed`, in the order of their names, whatever device they live on."""

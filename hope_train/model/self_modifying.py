@@ -62,6 +62,7 @@ class SelfModifyingTitans(nn.Module):
         self.memory = MemoryInit(rules, config.n_heads, head)
         self.out_norm = nn.Parameter(torch.ones(width))
         self.out_proj = nn.Linear(width, width, bias=False)
+        self.kernels = chunked.PLAIN
 
     def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]. With `starts_BT` memories and convolution start afresh at each document."""
@@ -103,7 +104,7 @@ class SelfModifyingTitans(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             z_BTHN = _wide(z_BTD).unflatten(-1, (-1, self.head_dim))
             q_BTHN = None if q_BTD is None else _wide(q_BTD).unflatten(-1, (-1, self.head_dim))
-            o_BTHN, state = chunked.run(self.rules, z_BTHN, q_BTHN, self.memory.tensors(), starts_BT, state)
+            o_BTHN, state = chunked.run(self.rules, z_BTHN, q_BTHN, self.memory.tensors(), starts_BT, state, self.kernels)
             o_BTHN = nn.functional.rms_norm(o_BTHN, (self.head_dim,), eps=self.norm_eps)
             o_BTD = o_BTHN.flatten(2) * self.out_norm
         return self.out_proj(o_BTD.to(x_BTD.dtype)), state

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hope_train.config.model import MemoryConfig
 from hope_train.memory import chunked, reference
-from hope_train.memory.pieces import Group
-from hope_train.memory.rules import MEMORY_BOXES, SCALAR_BOXES, Init, generator_boxes, initial_std, parameter_shapes
+from hope_train.memory.rules import SCALAR_BOXES, Init, initial_std, parameter_shapes
 
 HEADS, WIDTH, BATCH, TOKENS = 2, 3, 2, 19
 
@@ -74,17 +73,16 @@ def relative(got: Tensor, want: Tensor) -> float:
 def flat_state(config: MemoryConfig, state: chunked.MemoryState, which: str, width: int = WIDTH) -> dict[str, Tensor]:
     """States of the chunked form under the reference's names, [B, H, …]."""
     flat = {}
-    groups: list[tuple[Group, Any]] = [(state.generators, generator_boxes(config)), (state.memory, MEMORY_BOXES)]
-    for group, boxes in groups:
+    for group, boxes in zip(state.groups, chunked.groups_of(config), strict=True):
         for name, weight in getattr(group, which).items():
-            weight = weight.transpose(0, 1)
-            if name not in ("w2", "w"):
-                flat[name] = weight
+            if name in ("w1", "w1s"):
+                parts = weight.permute(1, 2, 0, 3, 4).unbind(0)
+                flat |= {f"w1_{box}": w for box, w in zip(boxes.matrix if name == "w1" else boxes.scalar, parts, strict=True)}
                 continue
             hidden = config.expansion * width
-            sizes = [1 if name == "w" and box in SCALAR_BOXES else (hidden if name == "w2" else width) for box in boxes.all]
-            for box, part in zip(boxes.all, weight.split(sizes, 2), strict=True):
-                flat[f"{name}_{box}"] = part
+            sizes = [hidden if name == "w2" else (1 if box in SCALAR_BOXES else width) for box in boxes.all]
+            split = weight.transpose(0, 1).split(sizes, 2)
+            flat |= {f"{name}_{box}": w for box, w in zip(boxes.all, split, strict=True)}
     return flat
 
 

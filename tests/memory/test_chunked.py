@@ -36,7 +36,7 @@ def test_whole_product(first: int) -> None:
 
 def test_clamp_is_active_where_it_is_tested() -> None:
     """The product's tight clamp holds matrices in most of its cases, or it would test nothing."""
-    tight = [config for config, _ in CASES if config.clamp and config.chunk_size == 4][::24]
+    tight = [config for config, _ in CASES if config.clamp and config.chunk_size == 4 and config.eta_max == 1.0][::12]
     held = [worst_error(make_problem(config, 5, False))[1] > 0 for config in tight]
     assert sum(held) >= len(held) / 2
 
@@ -56,10 +56,10 @@ def test_any_split_equals_the_whole(number: int) -> None:
             outputs.append(output)
     assert relative(torch.cat(outputs, 1), whole) < BAR
     assert state is not None
-    for name, weight in end.memory.now.items():
-        assert relative(state.memory.now[name], weight) < BAR
-    for name, weight in end.generators.anchor.items():
-        assert relative(state.generators.anchor[name], weight) < BAR
+    for group, want in zip(state.groups, end.groups, strict=True):
+        for which in ("now", "anchor", "speed"):
+            for name, weight in getattr(want, which).items():
+                assert relative(getattr(group, which)[name], weight) < BAR
 
 
 @settings(max_examples=25)
@@ -112,8 +112,7 @@ def test_state_does_not_grow() -> None:
     assert problem.q_BTHN is not None
 
     def size(state: chunked.MemoryState) -> int:
-        groups = (state.generators, state.memory)
-        return sum(t.numel() for g in groups for d in (g.anchor, g.now, g.speed) for t in d.values())
+        return sum(t.numel() for g in state.groups for d in (g.anchor, g.now, g.speed) for t in d.values())
 
     sizes = []
     with torch.no_grad():
