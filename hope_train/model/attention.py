@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 def _mask(document_BT: Tensor, document_BS: Tensor) -> Tensor:
-    """True where the query (one of the last T of S tokens) may look: not ahead, not into another document. [B, 1, T, S]."""
+    """[B, 1, T, S]: where a query (one of the last T of S tokens) may look: not ahead, not into another document."""
     queries, keys = document_BT.shape[1], document_BS.shape[1]
     position_S = torch.arange(keys, device=document_BS.device)
     causal_TS = position_S[None, :] <= position_S[keys - queries :, None]

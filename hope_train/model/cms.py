@@ -24,9 +24,7 @@ class CMS(nn.Module):
     def __init__(self, d_model: int, config: CMSConfig, eps: float) -> None:
         super().__init__()
         self.variant = config.variant
-        self.levels = nn.ModuleList(
-            SwiGLU(d_model, level.width, eps, level.activation) for level in config.levels
-        )
+        self.levels = nn.ModuleList(SwiGLU(d_model, level.width, eps, level.activation) for level in config.levels)
         self.mix = nn.Parameter(torch.ones(len(config.levels))) if config.variant == "independent" else None
 
     def forward(self, x_BTD: Tensor, state: LevelState | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def rope_tables(positions_T: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary embedding (Su et al., arXiv 2104.09864), each [T, width / 2], computed in float64."""
+    """Cosine and sine of the rotary embedding (Su et al., arXiv 2104.09864), each [T, width / 2], made in float64."""
     exponent = torch.arange(0, width, 2, device=positions_T.device, dtype=torch.float64) / width
     angle_TK = positions_T.to(torch.float64)[:, None] * theta**-exponent
     return angle_TK.cos().to(dtype), angle_TK.sin().to(dtype)
@@ -35,7 +35,10 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(width, d_model, bias=False)
 
     def forward(self, x_BTD: Tensor, delta: dict[str, Tensor] | None = None) -> Tensor:
-        """The branch's output [B, T, D]. `delta` adds per-sequence weights: {"up": [B, F, D], "gate": …, "down": [B, D, F]}."""
+        """The branch's output [B, T, D].
+
+        `delta` adds weights per sequence: {"up": [B, F, D], "gate": …, "down": [B, D, F]}.
+        """
         normed_BTD = self.norm(x_BTD)
         up_BTF = _project(self.up, normed_BTD, delta, "up")
         if self.gate is None:

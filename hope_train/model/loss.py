@@ -46,7 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx_MD, dweight_VD = ctx.saved_tensors
         return (
             None if dx_MD is None else dx_MD * grad.to(dx_MD.dtype),
