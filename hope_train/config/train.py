@@ -84,7 +84,11 @@ class TrainConfig(Section):
     """Recompute each block's activations in backward instead of keeping them."""
 
     compile: Literal["none", "memory", "model"] = "none"
-    """torch.compile: of the memory's chunk functions, or of all blocks. Pays after some minutes of training."""
+    """torch.compile: of the memories' chunk functions, or of whole blocks (around the loop over chunks, for Hope).
+    Compiling takes a minute or two on a CPU and pays after some minutes of training."""
+
+    compile_budget: float = Field(1.0, ge=0.0, le=1.0)
+    """compile: share of the memories' activations kept for backward; the rest is computed again, cheapest first."""
 
     loss_chunk: int = Field(1024, ge=1)
     """Tokens whose logits exist at a time in the cross-entropy."""

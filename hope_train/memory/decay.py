@@ -21,6 +21,10 @@ class Decay:
     """gamma_{i-1} / gamma_j for j < i in the same document, else 0."""
     after_BCC: Tensor
     """gamma_i / gamma_j for j <= i in the same document, else 0."""
+    before_BC: Tensor
+    """cum_{i-1}, from the piece's start whatever the documents."""
+    cum_BC: Tensor
+    """cum_i likewise."""
     previous_BC: Tensor
     """gamma_{i-1} since the piece's or the document's start."""
     now_BC: Tensor
@@ -36,6 +40,8 @@ class Decay:
         return Decay(
             self.ratio_BCC[:, None],
             self.after_BCC[:, None],
+            self.before_BC[:, None],
+            self.cum_BC[:, None],
             self.previous_BC[:, None],
             self.now_BC[:, None],
             self.last_BC[:, None],
@@ -103,14 +109,15 @@ def make_decay(log_alpha_BC: Tensor, starts_BC: Tensor | None, log_theta_H: Tens
         # cum just before the document's first token: its latest start at or before the token.
         first_BC = torch.where(starts_BC, index, 0).cummax(-1).values
         since_BC = before_BC.gather(-1, first_BC.expand_as(before_BC)).where(document_BC > 0, 0.0)
-    minus_infinity = float("-inf")
-    ratio = (before_BC[..., :, None] - cum_BC[..., None, :]).masked_fill(~allowed_strict, minus_infinity).exp()
-    after = (cum_BC[..., :, None] - cum_BC[..., None, :]).masked_fill(~allowed, minus_infinity).exp()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and log_theta_H is not None):
+        # The gradient of these goes through `before` and `cum` (see `solves`); momentum alone needs it directly.
+        ratio = (before_BC[..., :, None] - cum_BC[..., None, :]).masked_fill(~allowed_strict, -torch.inf).exp()
+        after = (cum_BC[..., :, None] - cum_BC[..., None, :]).masked_fill(~allowed, -torch.inf).exp()
     # Not after[..., -1, :]: the backward of that would fill a whole matrix for one row.
     last = (cum_BC[..., -1:] - cum_BC).exp()
     if same_BCC is not None:
         last = last * same_BCC[:, -1, :]
-    decay = Decay(ratio, after, (before_BC - since_BC).exp(), (cum_BC - since_BC).exp(), last, carried_BC1, None)
+    decay = Decay(ratio, after, before_BC, cum_BC, (before_BC - since_BC).exp(), (cum_BC - since_BC).exp(), last, carried_BC1, None)
     if log_theta_H is not None:
         decay.momentum = _momentum(decay, log_theta_H, index, lower_CC if same_BCC is None else allowed)
     return decay

@@ -19,12 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hope_train.memory import solves
 from hope_train.memory.decay import Decay
-from hope_train.memory.triangular import gram, solve_one_row, solve_unit_lower, unit_lower_inverse
-
-System = tuple[Tensor, Tensor]
-"""L and (I + L)^-1, each [G, B, C, C]."""
-
 
 @dataclass
 class Matrix:
@@ -106,23 +102,6 @@ def anchor_transposed(m: Matrix, g_BCO: Tensor, decay: Decay) -> Tensor:
     return back if decay.carried_BC1 is None else torch.where(decay.carried_BC1, back, fresh)
 
 
-def make_lower(keys_BCI: Tensor, eta_BC: Tensor, decay: Decay) -> Tensor:
-    """L_ij = eta_i (gamma_{i-1} / gamma_j) (x_i . x_j) for j < i, else 0."""
-    return eta_BC[..., None] * (decay.ratio_BCC * gram(keys_BCI))
-
-
-def make_system(keys_BCI: Tensor, eta_BC: Tensor, decay: Decay) -> System:
-    """L and (I + L)^-1: the same for every matrix with these keys and rates."""
-    lower = make_lower(keys_BCI, eta_BC, decay)
-    return lower, inverse_of(lower)
-
-
-def inverse_of(lower: Tensor) -> Tensor:
-    """(I + L)^-1, outside the graph: `solve_unit_lower` has the gradient."""
-    with torch.no_grad():
-        return unit_lower_inverse(lower.detach())
-
-
 def right_hand_side(m: Matrix, keys_BCI: Tensor, gradient_BCO: Tensor, anchored_BCO: Tensor, decay: Decay) -> Tensor:
     """gamma_{i-1} D_0 x_i + W_init x_i + G_i (plus what momentum carried into the piece), before the factor eta."""
     same = m.now_BOI is m.anchor_BOI
@@ -138,30 +117,48 @@ def right_hand_side(m: Matrix, keys_BCI: Tensor, gradient_BCO: Tensor, anchored_
 
 
 def solve_writes(
+    m: Matrix, keys_BCI: Tensor, eta_BC: Tensor, gradient_BCO: Tensor, anchored_BCO: Tensor, decay: Decay
+) -> Writes:
+    """All writes of a piece. `anchored` is `at_anchor(m, keys)`."""
+    with_momentum = decay.momentum is not None
+    if not m.rank_one:
+        u_BCO = eta_BC[..., None] * gradient_BCO
+        return Writes(keys_BCI, None if with_momentum else u_BCO, u_BCO if with_momentum else None)
+    b_BCO = right_hand_side(m, keys_BCI, gradient_BCO, anchored_BCO, decay)
+    u = None
+    if decay.momentum is not None:
+        u = eta_BC[..., None] * gradient_BCO
+        b_BCO = b_BCO - (decay.momentum.mix_previous_BCC * (keys_BCI @ keys_BCI.mT)) @ u
+    r_BCO, _ = solves.solve_writes(keys_BCI, eta_BC, decay.before_BC, decay.cum_BC, decay.ratio_BCC, b_BCO)
+    return Writes(keys_BCI, r_BCO, u)
+
+
+def solve_unread(
     m: Matrix,
     keys_BCI: Tensor,
     eta_BC: Tensor,
     gradient_BCO: Tensor,
     anchored_BCO: Tensor,
     decay: Decay,
-    system: System | None,
-) -> Writes:
-    """All writes of a piece. `anchored` is `at_anchor(m, keys)`; `system` (of these keys and rates) is made where it is None."""
-    u_BCO = eta_BC[..., None] * gradient_BCO
-    with_momentum = decay.momentum is not None
-    if not m.rank_one:
-        return Writes(keys_BCI, None if with_momentum else u_BCO, u_BCO if with_momentum else None)
-    rhs_BCO = eta_BC[..., None] * right_hand_side(m, keys_BCI, gradient_BCO, anchored_BCO, decay)
-    if decay.momentum is not None:
-        mixed_BCC = decay.momentum.mix_previous_BCC * gram(keys_BCI)
-        rhs_BCO = rhs_BCO - eta_BC[..., None] * (mixed_BCC @ u_BCO)
-    if rhs_BCO.shape[-1] == 1:
-        lower = system[0] if system is not None else make_lower(keys_BCI, eta_BC, decay)
-        r_BCO = solve_one_row(lower, rhs_BCO)
-    else:
-        lower, inverse = system if system is not None else make_system(keys_BCI, eta_BC, decay)
-        r_BCO = solve_unit_lower(lower, rhs_BCO, inverse)
-    return Writes(keys_BCI, r_BCO, u_BCO if with_momentum else None)
+    last: int | None,
+) -> tuple[Tensor, Writes | None]:
+    """The matrix after the piece, and the writes to its `last` rows only (None: to none). Without momentum.
+
+    R^T (w K) = b^T [eta (I + L)^-T (w K)], w_i = gamma_C / gamma_i: rows that are only read at chunk starts need no solve of their
+    own, however many they are; one with the keys as its right-hand side serves them all.
+    """
+    b_BCO = right_hand_side(m, keys_BCI, gradient_BCO, anchored_BCO, decay)
+    r_BCO, u_BCI = solves.solve_writes(
+        keys_BCI,
+        eta_BC,
+        decay.before_BC,
+        decay.cum_BC,
+        decay.ratio_BCC,
+        None if last is None else b_BCO[..., -last:],
+        decay.last_BC[..., None] * keys_BCI,
+    )
+    assert u_BCI is not None
+    return decayed(m, decay) - b_BCO.mT @ u_BCI, None if r_BCO is None else Writes(keys_BCI, r_BCO, None)
 
 
 def read(m: Matrix, writes: Writes, x_BCI: Tensor, decay: Decay, after: bool) -> Tensor:
@@ -170,15 +167,15 @@ def read(m: Matrix, writes: Writes, x_BCI: Tensor, decay: Decay, after: bool) ->
     now_BCO = _carried(project(x_BCI, m.now_BOI), m, x_BCI, decay, init_BCO)
     kept_BC1 = (decay.now_BC if after else decay.previous_BC)[..., None]
     result = kept_BC1 * now_BCO if init_BCO is None else kept_BC1 * (now_BCO - init_BCO) + init_BCO
-    score_BCC = x_BCI @ writes.keys_BCI.mT
     if writes.r_BCO is not None:
-        result = result - ((decay.after_BCC if after else decay.ratio_BCC) * score_BCC) @ writes.r_BCO
+        cum_BC, pairs_BCC = (decay.cum_BC, decay.after_BCC) if after else (decay.before_BC, decay.ratio_BCC)
+        result = result - solves.answer(x_BCI, writes.keys_BCI, writes.r_BCO, cum_BC, decay.cum_BC, pairs_BCC)
     if decay.momentum is not None:
         assert writes.u_BCO is not None and m.speed_BOI is not None
         momentum = decay.momentum
         mix = momentum.mix_after_BCC if after else momentum.mix_previous_BCC
         carry_BC = momentum.carry_after_BC if after else momentum.carry_previous_BC
-        result = result - (mix * score_BCC) @ writes.u_BCO + carry_BC[..., None] * project(x_BCI, m.speed_BOI)
+        result = result - (mix * (x_BCI @ writes.keys_BCI.mT)) @ writes.u_BCO + carry_BC[..., None] * project(x_BCI, m.speed_BOI)
     return result
 
 
@@ -205,15 +202,6 @@ def decayed(m: Matrix, decay: Decay) -> Tensor:
     now_BOI = m.now_BOI if carried is None else torch.where(carried, m.now_BOI, init_BOI)
     kept_B11 = decay.now_BC[..., -1:, None]
     return kept_B11 * (now_BOI - init_BOI) + init_BOI if m.to_init else kept_B11 * now_BOI
-
-
-def solved_keys(keys_BCI: Tensor, eta_BC: Tensor, decay: Decay, system: System) -> Tensor:
-    """diag(eta) (I + L)^-T (w K), [G, B, C, I], with w_i = gamma_C / gamma_i.
-
-    R^T (w K) = rhs^T [(I + L)^-T (w K)]: a matrix that is only read at chunk starts needs no solve of its own, whatever its rows.
-    """
-    solved = solve_unit_lower(system[0], decay.last_BC[..., None] * keys_BCI, system[1], transposed=True)
-    return eta_BC[..., None] * solved
 
 
 def clamp(weight_BOI: Tensor, init_OI: Tensor, kappa: float, boxes: int = 1) -> Tensor:

@@ -165,8 +165,7 @@ class _Step:
         k, v, eta = made[:3]
         at_k, at_v = self._anchored("w", torch.cat((k, v), -2), decay.doubled()).split(k.shape[-2], -2)
         gradient = 2.0 * self.config.loss_factor * (at_k - at_v)
-        system = passes.make_system(k, eta, decay)
-        new, writes = self._write_shared("w", k, eta, gradient, at_k, decay, system, k.shape[-1], q is not None)
+        new, writes = self._write_shared("w", k, eta, gradient, at_k, decay, k.shape[-1], q is not None)
         if q is None:
             return None, {"w": new}
         assert writes is not None
@@ -181,34 +180,30 @@ class _Step:
         factor = 2.0 * config.loss_factor
         at_k, at_v = self._anchored("w2", torch.cat((k, v), -2), decay.doubled()).split(size, -2)
         value, slope = activation_and_slope(config.activation, _by_box(at_k, boxes))
-        h = value.contiguous()
-        h_v = activation(config.activation)(_by_box(at_v, boxes)).contiguous()
+        # Split once, not sliced at each use: the backward of a slice is a whole tensor of zeros.
+        parts = (scalars, boxes - scalars)
+        h_s, h = (x.contiguous() for x in value.split(parts, 1))
+        hv_s, h_v = activation(config.activation)(_by_box(at_v, boxes)).split(parts, 1)
 
         # G2 = (W1^T g) s'(W2 k), g = M^0(k) - M^0(v): matrix boxes, then scalar ones
-        both = torch.cat((h[:, scalars:], h_v[:, scalars:]), -2)
+        both = torch.cat((h, h_v), -2)
         at_h, at_hv = self._anchored("w1", both, decay.doubled()).split(size, -2)
         g = factor * ((k - v)[:, None] + (at_h - at_hv))
         back = passes.anchor_transposed(self.m["w1"], g, decay)
         stack = decay.stacked()
         if scalars:
-            at_s = self._anchored("w1s", h[:, :scalars], decay)
-            g_s = factor * (at_s - self._anchored("w1s", h_v[:, :scalars], decay))
+            at_s = self._anchored("w1s", h_s, decay)
+            g_s = factor * (at_s - self._anchored("w1s", hv_s, decay))
             back = torch.cat((passes.anchor_transposed(self.m["w1s"], g_s, decay), back), 1)
         gradient = (back * slope).permute(0, 2, 3, 1, 4).flatten(-2)
 
         new: dict[str, tuple[Tensor, Tensor | None]] = {}
-        system = passes.make_system(k, eta, decay)
         width = h.shape[-1]
-        new["w2"], writes_2 = self._write_shared("w2", k, eta, gradient, at_k, decay, system, width, q is not None)
-        rate, top, top_s = eta[:, None].expand(h.shape[:-1]), None, None
-        if self.m["w1"].rank_one:
-            rate = eta[:, None] / (1.0 + eta[:, None] * h.square().sum(-1))
-            lower = passes.make_lower(h, rate, stack)
-            top, top_s = (lower[:, scalars:], passes.inverse_of(lower[:, scalars:])), (lower[:, :scalars], lower)
-        writes_1 = passes.solve_writes(self.m["w1"], h[:, scalars:], rate[:, scalars:], g, at_h, stack, top)
+        new["w2"], writes_2 = self._write_shared("w2", k, eta, gradient, at_k, decay, width, q is not None)
+        writes_1 = passes.solve_writes(self.m["w1"], h, self._rate(h, eta), g, at_h, stack)
         new["w1"] = passes.commit(self.m["w1"], writes_1, stack)
         if scalars:
-            writes_s = passes.solve_writes(self.m["w1s"], h[:, :scalars], rate[:, :scalars], g_s, at_s, stack, top_s)
+            writes_s = passes.solve_writes(self.m["w1s"], h_s, self._rate(h_s, eta), g_s, at_s, stack)
             new["w1s"] = passes.commit(self.m["w1s"], writes_s, stack)
         if q is None:
             return None, new
@@ -224,22 +219,23 @@ class _Step:
         gradient: Tensor,
         at_k: Tensor,
         decay: Decay,
-        system: passes.System,
         last: int,
         wanted: bool,
     ) -> tuple[tuple[Tensor, Tensor | None], Writes | None]:
         """Commit a matrix whose rows share the keys k; where `wanted`, also the writes to its last rows."""
         matrix = self.m[name]
         if decay.momentum is not None or (wanted and matrix.anchor_BOI.shape[-2] == last):
-            writes = passes.solve_writes(matrix, k, eta, gradient, at_k, decay, system)
+            writes = passes.solve_writes(matrix, k, eta, gradient, at_k, decay)
             rows = [None if x is None else x[..., -last:] for x in (writes.r_BCO, writes.u_BCO)]
             return passes.commit(matrix, writes, decay), Writes(k, *rows)
-        rhs = passes.right_hand_side(matrix, k, gradient, at_k, decay)
-        new = passes.decayed(matrix, decay) - rhs.mT @ passes.solved_keys(k, eta, decay, system)
-        if not wanted:
-            return (new, None), None
-        r = passes.solve_unit_lower(system[0], eta[..., None] * rhs[..., -last:], system[1])
-        return (new, None), Writes(k, r, None)
+        new, own = passes.solve_unread(matrix, k, eta, gradient, at_k, decay, last if wanted else None)
+        return (new, None), own
+
+    def _rate(self, h: Tensor, eta: Tensor) -> Tensor:
+        """Write rate of each W1: eta / (1 + eta |h|^2) (Sherman-Morrison) with the rank-one factor, else eta."""
+        if not self.m["w1"].rank_one:
+            return eta[:, None].expand(h.shape[:-1])
+        return eta[:, None] / (1.0 + eta[:, None] * h.square().sum(-1))
 
     def _read(self, matrix: Matrix, writes: Writes, x: Tensor, decay: Decay) -> Tensor:
         if self.config.read == "start":

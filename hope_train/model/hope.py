@@ -45,14 +45,15 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return self._feed_forward(x_BTD + self.mixer(self.mixer_norm(x_BTD), starts_BT))
+        return self.feed_forward(x_BTD + self.mixer(self.mixer_norm(x_BTD), starts_BT))
 
     def step(self, x_BTD: Tensor, state: Any, starts_BT: Tensor | None = None) -> tuple[Tensor, Any]:
         """The next tokens after `state`."""
         y_BTD, state = self.mixer.step(self.mixer_norm(x_BTD), state, starts_BT)
-        return self._feed_forward(x_BTD + y_BTD), state
+        return self.feed_forward(x_BTD + y_BTD), state
 
-    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+        """The second half of the block, its residual included."""
         if self.cms is not None:
             return self.cms(x_BTD)  # type: ignore[no-any-return]
         assert self.mlp is not None
@@ -125,6 +126,18 @@ class HopeModel(nn.Module):
         for block in self.blocks.values():
             if isinstance(block.mixer, SelfModifyingTitans):
                 block.mixer.kernels = compiled_kernels(budget)
+
+    def compile_blocks(self, budget: float = 1.0) -> None:
+        """`compile_memory`, and everything around the loop over chunks compiled too; attention blocks whole."""
+        self.compile_memory(budget)
+        for block in self.blocks.values():
+            if isinstance(block.mixer, SelfModifyingTitans):
+                # the loop over chunks stays Python's: unrolled it would be one graph of hundreds of chunks
+                mixer: Any = block.mixer
+                mixer.before, mixer.after = torch.compile(mixer.before), torch.compile(mixer.after)
+                block.feed_forward = torch.compile(block.feed_forward)
+            else:
+                block.compile()  # in place: parameters keep their names
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -66,10 +66,23 @@ class SelfModifyingTitans(nn.Module):
 
     def forward(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]. With `starts_BT` memories and convolution start afresh at each document."""
+        z_BTHN, q_BTHN = self.before(x_BTD, starts_BT)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            o_BTHN, _ = chunked.run(self.rules, z_BTHN, q_BTHN, self.memory.tensors(), starts_BT, None, self.kernels)
+        return self.after(o_BTHN, x_BTD)
+
+    def before(self, x_BTD: Tensor, starts_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The memories' inputs z and static queries q, [B, T, H, N] in fp32 at least."""
         y_BTD = x_BTD if self.in_proj is None else self.in_proj(x_BTD)
         z_BTD = nn.functional.silu(self._convolve(y_BTD, starts_BT))
-        o_BTD, _ = self._remember(x_BTD, z_BTD, starts_BT, None)
-        return o_BTD
+        return self._heads(z_BTD), self._queries(x_BTD)
+
+    def after(self, o_BTHN: Tensor, x_BTD: Tensor) -> Tensor:
+        """Output norm per head and output projection, in the dtype of x."""
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            o_BTHN = nn.functional.rms_norm(o_BTHN, (self.head_dim,), eps=self.norm_eps)
+            o_BTD = (o_BTHN.flatten(2) * self.out_norm).to(x_BTD.dtype)
+        return self.out_proj(o_BTD)  # type: ignore[no-any-return]
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> TitansState:
         """The state before the first token."""
@@ -93,21 +106,19 @@ class SelfModifyingTitans(nn.Module):
         documents = last_B1.expand(batch, tokens) + (0 if starts_BT is None else starts_BT.to(torch.int64).cumsum(1))
         joined_BS = torch.cat((state.conv_document_BW, documents), 1)
         z_BTD = nn.functional.silu(self._convolve(joined_BSD, None, joined_BS, kept))
-        o_BTD, memory = self._remember(x_BTD, z_BTD, starts_BT, state.memory)
-        cut = joined_BSD.shape[1] - kept
-        return o_BTD, TitansState(memory, joined_BSD[:, cut:].mT, joined_BS[:, cut:])
-
-    def _remember(
-        self, x_BTD: Tensor, z_BTD: Tensor, starts_BT: Tensor | None, state: chunked.MemoryState | None
-    ) -> tuple[Tensor, chunked.MemoryState]:
-        q_BTD = None if self.q_proj is None else self.q_proj(x_BTD)
         with torch.autocast(x_BTD.device.type, enabled=False):
-            z_BTHN = _wide(z_BTD).unflatten(-1, (-1, self.head_dim))
-            q_BTHN = None if q_BTD is None else _wide(q_BTD).unflatten(-1, (-1, self.head_dim))
-            o_BTHN, state = chunked.run(self.rules, z_BTHN, q_BTHN, self.memory.tensors(), starts_BT, state, self.kernels)
-            o_BTHN = nn.functional.rms_norm(o_BTHN, (self.head_dim,), eps=self.norm_eps)
-            o_BTD = o_BTHN.flatten(2) * self.out_norm
-        return self.out_proj(o_BTD.to(x_BTD.dtype)), state
+            o_BTHN, memory = chunked.run(
+                self.rules, self._heads(z_BTD), self._queries(x_BTD), self.memory.tensors(), starts_BT, state.memory
+            )
+        cut = joined_BSD.shape[1] - kept
+        return self.after(o_BTHN, x_BTD), TitansState(memory, joined_BSD[:, cut:].mT, joined_BS[:, cut:])
+
+    def _heads(self, x_BTD: Tensor) -> Tensor:
+        wide = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
+        return wide.unflatten(-1, (-1, self.head_dim))
+
+    def _queries(self, x_BTD: Tensor) -> Tensor | None:
+        return None if self.q_proj is None else self._heads(self.q_proj(x_BTD))
 
     def _convolve(
         self,
@@ -134,6 +145,3 @@ class SelfModifyingTitans(nn.Module):
             total = total + shifted * weight_DW[:, taps - 1 - back]
         return total
 
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -245,9 +245,8 @@ def apply_options(config: RunConfig, model: HopeModel) -> None:
     """Recompute and compile as configured. Raises UserError where the model has nothing of the kind."""
     model.recompute = config.train.recompute
     if config.train.compile == "model":
-        for block in model.blocks.values():
-            block.compile()  # in place: parameters keep their names
+        model.compile_blocks(config.train.compile_budget)
     elif config.train.compile == "memory":
         if config.model.arch != "hope":
             raise UserError(f"train.compile=memory: arch={config.model.arch} has no memory; say model or none")
-        model.compile_memory()
+        model.compile_memory(config.train.compile_budget)
