@@ -1,9 +1,9 @@
 """The self-modifying Titans in chunk-parallel form: exact, differentiable through the writes, no loop over tokens.
 
-Inside a chunk everything is matrix products and one triangular solve per set of keys (see `passes`); over chunks there is a loop,
-because keys depend on the state. The generators (k, v, q, eta, alpha) modify themselves; the main memory never feeds them. Where their
-chunks are equally long all memories are one group in one loop, else the generators' loop comes first.
-Layout inside: [H, B, C, N]. Keep states in fp32 or better.
+Inside a chunk everything is matrix products and one triangular solve per set of keys (see `passes`); over chunks
+there is a loop, because keys depend on the state. The generators (k, v, q, eta, alpha) modify themselves; the main
+memory never feeds them. Where their chunks are equally long all memories are one group in one loop, else the
+generators' loop comes first. Layout inside: [H, B, C, N]. Keep states in fp32 or better.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ PLAIN = Kernels(pieces.joint_piece, pieces.generator_piece, pieces.memory_piece)
 class MemoryState:
     """All fast weights of one layer between two tokens; its size does not depend on how many tokens there were.
 
-    Each group's `anchor` is the state at the current chunk's start (where gradients are taken and generators are read), `now` the
-    state after the last token; at a chunk's start they are the same. `speed` is the momentum, empty without it.
+    Each group's `anchor` is the state at the current chunk's start (where gradients are taken and generators are
+    read), `now` the state after the last token; at a chunk's start they are the same. `speed` is the momentum, empty
+    without it.
     """
 
     position: int
@@ -75,7 +76,8 @@ def run(
     state: MemoryState | None = None,
     kernels: Kernels = PLAIN,
 ) -> tuple[Tensor, MemoryState]:
-    """Outputs o [B, T, H, N] for inputs z and static queries q (not yet normalised), and the state after the last token.
+    """Outputs o [B, T, H, N] for inputs z and static queries q (not yet normalised), and the state after the last
+    token.
 
     `starts_BT` (bool) marks the first tokens of documents. `state` continues from an earlier call, wherever it stopped.
     `kernels` may be the compiled ones of `hope_train.memory.compiled`.

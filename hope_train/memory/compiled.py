@@ -1,7 +1,8 @@
 """The chunk functions through torch.compile: the same functions, with their element-wise work fused.
 
-Only whole chunks take this path: a run has one or two shapes of them, while lengths of left-over pieces vary freely and would each
-be compiled anew. The share of activations that compiled code keeps for backward is a budget (the rest is recomputed, cheapest first).
+Only whole chunks take this path: a run has one or two shapes of them, while lengths of left-over pieces vary freely
+and would each be compiled anew. The share of activations that compiled code keeps for backward is a budget (the rest
+is recomputed, cheapest first).
 """
 
 from __future__ import annotations
@@ -22,10 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def compiled_kernels(budget: float = 1.0) -> Kernels:
     """The chunk functions compiled with an activation budget in (0, 1]; 1 recomputes only what is free."""
     return Kernels(
-        *(
-            _compile(function, budget)
-            for function in (pieces.joint_piece, pieces.generator_piece, pieces.memory_piece)
-        )
+        *(_compile(function, budget) for function in (pieces.joint_piece, pieces.generator_piece, pieces.memory_piece))
     )
 
 

@@ -1,8 +1,8 @@
 """Products of retention inside one chunk, in log space, with documents and momentum.
 
-Notation: la_t = log alpha_t, cum_t = sum of la up to t (from the piece's start, or the document's where one begins inside),
-gamma_t = exp(cum_t). Layout [H, B, C] (names leave the heads out): heads first, so that
-sequences share their heads' learned initial states in one product.
+Notation: la_t = log alpha_t, cum_t = sum of la up to t (from the piece's start, or the document's where one begins
+inside), gamma_t = exp(cum_t). Layout [H, B, C] (names leave the heads out): heads first, so that sequences share their
+heads' learned initial states in one product.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Decay:
         )
 
     def doubled(self) -> Decay:
-        """The same documents for two pieces stacked behind each other along the tokens (for reads of the anchor alone)."""
+        """The same documents for two pieces stacked behind each other along the tokens (for reads of the anchor
+        alone)."""
         if self.carried_BC1 is None:
             return self
         return replace(self, carried_BC1=torch.cat((self.carried_BC1, self.carried_BC1), -2))
@@ -117,7 +118,17 @@ def make_decay(log_alpha_BC: Tensor, starts_BC: Tensor | None, log_theta_H: Tens
     last = (cum_BC[..., -1:] - cum_BC).exp()
     if same_BCC is not None:
         last = last * same_BCC[:, -1, :]
-    decay = Decay(ratio, after, before_BC, cum_BC, (before_BC - since_BC).exp(), (cum_BC - since_BC).exp(), last, carried_BC1, None)
+    decay = Decay(
+        ratio,
+        after,
+        before_BC,
+        cum_BC,
+        (before_BC - since_BC).exp(),
+        (cum_BC - since_BC).exp(),
+        last,
+        carried_BC1,
+        None,
+    )
     if log_theta_H is not None:
         decay.momentum = _momentum(decay, log_theta_H, index, lower_CC if same_BCC is None else allowed)
     return decay

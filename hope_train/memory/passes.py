@@ -1,8 +1,8 @@
 """One matrix (or a stack of them) over one piece of a chunk: solve for the writes, answer queries, commit.
 
-A piece is at most a chunk long; in training it is a whole one, so that the state that gradients are taken at (`anchor`) is also
-the state that decays (`now`). Tensors lead with G = [H] or, for a stack of M matrices with keys of their own, [H, M], then the
-sequences B; O are output rows, I the width of the matrix's input.
+A piece is at most a chunk long; in training it is a whole one, so that the state that gradients are taken at
+(`anchor`) is also the state that decays (`now`). Tensors lead with G = [H] or, for a stack of M matrices with keys of
+their own, [H, M], then the sequences B; O are output rows, I the width of the matrix's input.
 
 With D = W - W_init (decay to init) or D = W (decay to zero), keys x_i and gradient rows G_i, the recurrence of Eq. 88
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hope_train.memory import solves
 from hope_train.memory.decay import Decay
+
 
 @dataclass
 class Matrix:
@@ -144,8 +145,8 @@ def solve_unread(
 ) -> tuple[Tensor, Writes | None]:
     """The matrix after the piece, and the writes to its `last` rows only (None: to none). Without momentum.
 
-    R^T (w K) = b^T [eta (I + L)^-T (w K)], w_i = gamma_C / gamma_i: rows that are only read at chunk starts need no solve of their
-    own, however many they are; one with the keys as its right-hand side serves them all.
+    R^T (w K) = b^T [eta (I + L)^-T (w K)], w_i = gamma_C / gamma_i: rows that are only read at chunk starts need no
+    solve of their own, however many they are; one with the keys as its right-hand side serves them all.
     """
     b_BCO = right_hand_side(m, keys_BCI, gradient_BCO, anchored_BCO, decay)
     r_BCO, u_BCI = solves.solve_writes(
@@ -171,11 +172,16 @@ def read(m: Matrix, writes: Writes, x_BCI: Tensor, decay: Decay, after: bool) ->
         cum_BC, pairs_BCC = (decay.cum_BC, decay.after_BCC) if after else (decay.before_BC, decay.ratio_BCC)
         result = result - solves.answer(x_BCI, writes.keys_BCI, writes.r_BCO, cum_BC, decay.cum_BC, pairs_BCC)
     if decay.momentum is not None:
-        assert writes.u_BCO is not None and m.speed_BOI is not None
+        assert writes.u_BCO is not None
+        assert m.speed_BOI is not None
         momentum = decay.momentum
         mix = momentum.mix_after_BCC if after else momentum.mix_previous_BCC
         carry_BC = momentum.carry_after_BC if after else momentum.carry_previous_BC
-        result = result - (mix * (x_BCI @ writes.keys_BCI.mT)) @ writes.u_BCO + carry_BC[..., None] * project(x_BCI, m.speed_BOI)
+        result = (
+            result
+            - (mix * (x_BCI @ writes.keys_BCI.mT)) @ writes.u_BCO
+            + carry_BC[..., None] * project(x_BCI, m.speed_BOI)
+        )
     return result
 
 
@@ -186,7 +192,8 @@ def commit(m: Matrix, writes: Writes, decay: Decay) -> tuple[Tensor, Tensor | No
         new_BOI = new_BOI - writes.r_BCO.mT @ (decay.last_BC[..., None] * writes.keys_BCI)
     if decay.momentum is None:
         return new_BOI, None
-    assert writes.u_BCO is not None and m.speed_BOI is not None
+    assert writes.u_BCO is not None
+    assert m.speed_BOI is not None
     momentum = decay.momentum
     mixed = momentum.mix_after_BCC[..., -1, :, None] * writes.keys_BCI
     new_BOI = new_BOI - writes.u_BCO.mT @ mixed + momentum.carry_after_BC[..., -1:, None] * m.speed_BOI

@@ -1,8 +1,9 @@
 """One piece of a chunk for a group of memories: generate, write, read, commit. Pure functions of tensors.
 
-A group's matrices are stacked, so that each step is a few large products: `w2` holds the rows of all boxes ([H, B, P E, N]; they
-share their keys, hence one Gram matrix and one solve), `w1` the matrices of the matrix boxes ([H, M, B, N, E]), `w1s` the rows
-of the scalar ones ([H, S, B, 1, E]). Linear boxes are the rows of one matrix `w`. Scalars come first, the main memory last.
+A group's matrices are stacked, so that each step is a few large products: `w2` holds the rows of all boxes ([H, B, P
+E, N]; they share their keys, hence one Gram matrix and one solve), `w1` the matrices of the matrix boxes ([H, M, B,
+N, E]), `w1s` the rows of the scalar ones ([H, S, B, 1, E]). Linear boxes are the rows of one matrix `w`. Scalars come
+first, the main memory last.
 """
 
 from __future__ import annotations

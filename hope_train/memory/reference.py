@@ -100,13 +100,17 @@ def split_init(config: MemoryConfig, init: Init, box: str) -> Weights:
     return {layer: init[f"{layer}_{box}"] for layer in (("w",) if config.kind == "linear" else ("w2", "w1"))}
 
 
-def run(config: MemoryConfig, z_BTHN: Tensor, q_BTHN: Tensor | None, init: Init, starts_BT: Tensor | None = None) -> Run:
+def run(
+    config: MemoryConfig, z_BTHN: Tensor, q_BTHN: Tensor | None, init: Init, starts_BT: Tensor | None = None
+) -> Run:
     """Outputs o_t [B, T, H, N] of the memories over inputs z and (static, not yet normalised) queries q.
 
     `starts_BT` marks first tokens of documents, where every memory returns to its initial state. Use float64.
     """
     rows = [
-        _run_row(config, z_BTHN[b], None if q_BTHN is None else q_BTHN[b], init, None if starts_BT is None else starts_BT[b])
+        _run_row(
+            config, z_BTHN[b], None if q_BTHN is None else q_BTHN[b], init, None if starts_BT is None else starts_BT[b]
+        )
         for b in range(z_BTHN.shape[0])
     ]
     return Run(
@@ -117,9 +121,7 @@ def run(config: MemoryConfig, z_BTHN: Tensor, q_BTHN: Tensor | None, init: Init,
     )
 
 
-def _run_row(
-    config: MemoryConfig, z_THN: Tensor, q_THN: Tensor | None, init: Init, starts_T: Tensor | None
-) -> Run:
+def _run_row(config: MemoryConfig, z_THN: Tensor, q_THN: Tensor | None, init: Init, starts_T: Tensor | None) -> Run:
     generators, boxes = generator_boxes(config), generator_boxes(config).all + MEMORY_BOXES.all
     start = {box: split_init(config, init, box) for box in boxes}
     anchors, now = dict(start), dict(start)
@@ -141,7 +143,9 @@ def _run_row(
         alpha_H = torch.sigmoid(read["alpha"][:, 0] + config.alpha_bias)
         before = now["mem"]
         written = {
-            box: write(config, box, anchors[box], now[box], start[box], speed[box], (k_HN, v_HN, eta_H, alpha_H), theta_H)
+            box: write(
+                config, box, anchors[box], now[box], start[box], speed[box], (k_HN, v_HN, eta_H, alpha_H), theta_H
+            )
             for box in boxes
         }
         now = {box: new for box, (new, _) in written.items()}

@@ -1,13 +1,14 @@
 """The two products over pairs of tokens in a chunk, with gradients that never sum over a C x C matrix.
 
-Both weigh pairs by decay: L_ij = eta_i ratio_ij (x_i . x_j) with ratio_ij = exp(before_i - cum_j) for j < i, and
-A_ti = after_ti (q_t . x_i). The gradient with respect to a decay needs row and column sums of dL * L and dA * A, and those follow from
-vectors that are there anyway (as in FlashAttention's backward, arXiv 2205.14135): with Y = (I + L)^-1 B and dB = (I + L)^-T dY,
+Both weigh pairs by decay: L_ij = eta_i ratio_ij (x_i . x_j) with ratio_ij = exp(before_i - cum_j) for j < i, and A_ti
+= after_ti (q_t . x_i). The gradient with respect to a decay needs row and column sums of dL * L and dA * A, and those
+follow from vectors that are there anyway (as in FlashAttention's backward, arXiv 2205.14135): with Y = (I + L)^-1 B
+and dB = (I + L)^-T dY,
 
     dL = -dB Y^T,   sum_j dL_ij L_ij = -dB_i . (L Y)_i = -dB_i . (B_i - Y_i),   sum_i dL_ij L_ij = -(dY_j - dB_j) . Y_j
 
-and with B = eta b, everything that eta_i does comes to dB_i . Y_i / eta_i. Measured: column sums and transposes of C x C matrices had
-been the dearest element-wise kernels of the compiled backward.
+and with B = eta b, everything that eta_i does comes to dB_i . Y_i / eta_i. Measured: column sums and transposes of C
+x C matrices had been the dearest element-wise kernels of the compiled backward.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class _Solve(torch.autograd.Function):
         return r_CO, None if y_CI is None else eta_C1 * y_CI
 
     @staticmethod
-    def backward(ctx: Any, grad_r: Tensor | None, grad_u: Tensor | None) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad_r: Tensor | None, grad_u: Tensor | None) -> Gradients:
         x_CI, eta_C, ratio_CC, b_CO, c_CI, system_CC, r_CO, y_CI = ctx.saved_tensors
         eta_C1 = eta_C[..., None]
         eta_grad = row_C = column_C = torch.zeros_like(eta_C)
@@ -94,7 +95,7 @@ class _Answer(torch.autograd.Function):
         return o_CO
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         q_CI, x_CI, r_CO, after_CC, score_CC, o_CO = ctx.saved_tensors
         r_grad = score_CC.mT @ grad
         pairs_CC = after_CC * (grad @ r_CO.mT)
@@ -113,8 +114,9 @@ def solve_writes(
 ) -> tuple[Tensor | None, Tensor | None]:
     """R = (I + L)^-1 (eta b) and U = eta (I + L)^-T c with L_ij = eta_i ratio_ij (x_i . x_j).
 
-    Any leading dimensions, the same for all but `ratio`, which may be broadcast. `ratio` must be exp(before_i - cum_j) on a strictly
-    lower mask and 0 elsewhere; its own gradient is not taken: it goes to `before` and `cum`. A missing b (c) gives None for R (U).
+    Any leading dimensions, the same for all but `ratio`, which may be broadcast. `ratio` must be exp(before_i -
+    cum_j) on a strictly lower mask and 0 elsewhere; its own gradient is not taken: it goes to `before` and `cum`. A
+    missing b (c) gives None for R (U).
     """
     lead = x_CI.shape[:-1]
     result: tuple[Tensor | None, Tensor | None] = _Solve.apply(
@@ -123,10 +125,10 @@ def solve_writes(
     return result
 
 
-def answer(
-    q_CI: Tensor, x_CI: Tensor, r_CO: Tensor, query_cum_C: Tensor, cum_C: Tensor, after_CC: Tensor
-) -> Tensor:
+def answer(q_CI: Tensor, x_CI: Tensor, r_CO: Tensor, query_cum_C: Tensor, cum_C: Tensor, after_CC: Tensor) -> Tensor:
     """O_t = sum_i after_ti (q_t . x_i) r_i; the gradient of `after` goes to `query_cum` and `cum`."""
+    if query_cum_C is cum_C:
+        query_cum_C = cum_C.clone()  # the compiler takes no tensor twice
     result: Tensor = _Answer.apply(q_CI, x_CI, r_CO, query_cum_C, cum_C, after_CC.detach())
     return result
 

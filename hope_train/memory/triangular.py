@@ -1,8 +1,8 @@
 """(I + L)^-1 for batches of small strictly lower triangular L, as matrix products.
 
 Inside a chunk every write depends on the earlier ones; this solve is what replaces the loop over tokens. A batched
-triangular solve is several times slower than matrix products of the same size (measured on CPU: 16 against 90 GFLOP/s at
-64 x 64), so only blocks of 16 are inverted by it, and the rest is block elimination.
+triangular solve is several times slower than matrix products of the same size (measured on CPU: 16 against 90 GFLOP/s
+at 64 x 64), so only blocks of 16 are inverted by it, and the rest is block elimination.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
     count = size // _BLOCK
     blocks = lower.unflatten(-1, (count, _BLOCK)).unflatten(-3, (count, _BLOCK))
     diagonal = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-    inverse = torch.linalg.solve_triangular(
-        diagonal, identity.expand_as(diagonal), upper=False, unitriangular=True
-    )
+    inverse = torch.linalg.solve_triangular(diagonal, identity.expand_as(diagonal), upper=False, unitriangular=True)
     width = _BLOCK
     while width < size:
         pairs = size // (2 * width)
         corner = torch.stack(
-            [lower[..., (2 * p + 1) * width : (2 * p + 2) * width, 2 * p * width : (2 * p + 1) * width] for p in range(pairs)],
+            [
+                lower[..., (2 * p + 1) * width : (2 * p + 2) * width, 2 * p * width : (2 * p + 1) * width]
+                for p in range(pairs)
+            ],
             dim=-3,
         )
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]

@@ -7,6 +7,7 @@ ModuleDict under their global number, so that a pipeline stage can hold some of 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mixer = SelfModifyingTitans(config) if config.arch == "hope" else Attention(config)
+        self.mixer: SelfModifyingTitans | Attention = (
+            SelfModifyingTitans(config) if config.arch == "hope" else Attention(config)
+        )
         if config.arch == "transformer_pp":
             assert config.mlp_width is not None
             self.mlp: SwiGLU | None = SwiGLU(config.d_model, config.mlp_width, config.norm_eps)
@@ -55,7 +58,7 @@ class Block(nn.Module):
     def feed_forward(self, x_BTD: Tensor) -> Tensor:
         """The second half of the block, its residual included."""
         if self.cms is not None:
-            return self.cms(x_BTD)  # type: ignore[no-any-return]
+            return self.cms(x_BTD)
         assert self.mlp is not None
         return x_BTD + self.mlp(x_BTD)
 
@@ -77,6 +80,12 @@ class HopeModel(nn.Module):
         """The output matrix: the head's, or the embedding's where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
+    def named_blocks(self) -> Iterator[tuple[str, Block]]:
+        """The blocks this module holds, under their global numbers."""
+        for name, block in self.blocks.items():
+            assert isinstance(block, Block)
+            yield name, block
+
     def hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Token numbers [B, T] -> final hidden states [B, T, D], normalised."""
         x_BTD = self.embed(tokens_BT)
@@ -85,16 +94,18 @@ class HopeModel(nn.Module):
                 x_BTD = checkpoint(block, x_BTD, starts_BT, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, starts_BT)
-        return self.norm(x_BTD)  # type: ignore[no-any-return]
+        return self.norm(x_BTD)
 
     def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
-        """Token numbers [B, T] -> logits [B, T, V]. `starts_BT` (bool) marks first tokens of documents: memory resets there."""
+        """Token numbers [B, T] -> logits [B, T, V]. `starts_BT` (bool) marks first tokens of documents: memory resets
+        there."""
         return nn.functional.linear(self.hidden(tokens_BT, starts_BT), self.head_weight_VD)
 
     def loss(
         self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None, chunk: int = 1024
     ) -> tuple[Tensor, Tensor]:
-        """(sum of negative log-likelihoods in nats, number of scored targets), both 0-d. Targets of -100 are not scored."""
+        """(sum of negative log-likelihoods in nats, number of scored targets), both 0-d. Targets of -100 are not
+        scored."""
         x_BTD = self.hidden(tokens_BT, starts_BT)
         total = chunked_cross_entropy(x_BTD, self.head_weight_VD, targets_BT, chunk)
         return total, (targets_BT != IGNORED).sum()
@@ -102,20 +113,19 @@ class HopeModel(nn.Module):
     def initial_state(self, batch: int) -> ModelState:
         """The state before the first token."""
         weight = self.embed.weight
+        blocks = dict(self.named_blocks())
         return ModelState(
-            {name: block.mixer.initial_state(batch, weight.device, weight.dtype) for name, block in self.blocks.items()}
+            {name: block.mixer.initial_state(batch, weight.device, weight.dtype) for name, block in blocks.items()}
         )
 
-    def step(
-        self, tokens_BT: Tensor, state: ModelState, starts_BT: Tensor | None = None
-    ) -> tuple[Tensor, ModelState]:
+    def step(self, tokens_BT: Tensor, state: ModelState, starts_BT: Tensor | None = None) -> tuple[Tensor, ModelState]:
         """Logits [B, T, V] of the next T >= 1 tokens after `state`, and the state after them.
 
         Equal to the full forward over the concatenation, wherever it is split. Hope's state has a constant size.
         """
         x_BTD = self.embed(tokens_BT)
         after: dict[str, Any] = {}
-        for name, block in self.blocks.items():
+        for name, block in self.named_blocks():
             x_BTD, after[name] = block.step(x_BTD, state.blocks[name], starts_BT)
         return nn.functional.linear(self.norm(x_BTD), self.head_weight_VD), ModelState(after)
 
@@ -133,9 +143,8 @@ class HopeModel(nn.Module):
         for block in self.blocks.values():
             if isinstance(block.mixer, SelfModifyingTitans):
                 # the loop over chunks stays Python's: unrolled it would be one graph of hundreds of chunks
-                mixer: Any = block.mixer
-                mixer.before, mixer.after = torch.compile(mixer.before), torch.compile(mixer.after)
-                block.feed_forward = torch.compile(block.feed_forward)
+                for part, name in ((block.mixer, "before"), (block.mixer, "after"), (block, "feed_forward")):
+                    setattr(part, name, torch.compile(getattr(part, name)))
             else:
                 block.compile()  # in place: parameters keep their names
 

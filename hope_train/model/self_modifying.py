@@ -1,6 +1,7 @@
 """Self-modifying Titans as a mixer (Eqs. 83-93): projections, convolution, five memories per head, output norm.
 
-    x -> W_x -> causal depthwise convolution, SiLU -> z per head -> memories, asked with q = W_q x -> RMSNorm per head -> W_o
+    x -> W_x -> causal depthwise convolution, SiLU -> z per head -> memories, asked with q = W_q x -> RMSNorm per head
+    -> W_o
 
 Everything between W_x / W_q and W_o is per head; the number of heads is read off the parameters, so that heads can be
 split over devices.
@@ -58,7 +59,9 @@ class SelfModifyingTitans(nn.Module):
         self.rules, self.head_dim, self.norm_eps = rules, head, config.norm_eps
         self.in_proj = nn.Linear(width, width, bias=False) if rules.in_proj else None
         self.q_proj = None if rules.adaptive_q else nn.Linear(width, width, bias=False)
-        self.conv = nn.Conv1d(width, width, rules.conv_width, groups=width, bias=False) if rules.conv_width > 1 else None
+        self.conv = (
+            nn.Conv1d(width, width, rules.conv_width, groups=width, bias=False) if rules.conv_width > 1 else None
+        )
         self.memory = MemoryInit(rules, config.n_heads, head)
         self.out_norm = nn.Parameter(torch.ones(width))
         self.out_proj = nn.Linear(width, width, bias=False)
@@ -82,7 +85,7 @@ class SelfModifyingTitans(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             o_BTHN = nn.functional.rms_norm(o_BTHN, (self.head_dim,), eps=self.norm_eps)
             o_BTD = (o_BTHN.flatten(2) * self.out_norm).to(x_BTD.dtype)
-        return self.out_proj(o_BTD)  # type: ignore[no-any-return]
+        return self.out_proj(o_BTD)
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> TitansState:
         """The state before the first token."""
@@ -94,9 +97,7 @@ class SelfModifyingTitans(nn.Module):
             torch.zeros(batch, kept, device=device, dtype=torch.int64),
         )
 
-    def step(
-        self, x_BTD: Tensor, state: TitansState, starts_BT: Tensor | None = None
-    ) -> tuple[Tensor, TitansState]:
+    def step(self, x_BTD: Tensor, state: TitansState, starts_BT: Tensor | None = None) -> tuple[Tensor, TitansState]:
         """The next T tokens after `state`, wherever in a chunk it stands."""
         y_BTD = x_BTD if self.in_proj is None else self.in_proj(x_BTD)
         batch, tokens = y_BTD.shape[:2]
@@ -111,7 +112,9 @@ class SelfModifyingTitans(nn.Module):
                 self.rules, self._heads(z_BTD), self._queries(x_BTD), self.memory.tensors(), starts_BT, state.memory
             )
         cut = joined_BSD.shape[1] - kept
-        return self.after(o_BTHN, x_BTD), TitansState(memory, joined_BSD[:, cut:].mT, joined_BS[:, cut:])
+        # copies: a view would keep the whole prefill alive behind the last few tokens
+        rest_BDW, documents_BW = joined_BSD[:, cut:].mT.clone(), joined_BS[:, cut:].clone()
+        return self.after(o_BTHN, x_BTD), TitansState(memory, rest_BDW, documents_BW)
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         wide = x_BTD if x_BTD.dtype == torch.float64 else x_BTD.float()
@@ -144,4 +147,3 @@ class SelfModifyingTitans(nn.Module):
             shifted = nn.functional.pad(shifted, (0, 0, back, 0))[:, kept:]
             total = total + shifted * weight_DW[:, taps - 1 - back]
         return total
-

@@ -44,7 +44,7 @@ def make_init(config: MemoryConfig, heads: int, width: int, seed: int, dtype: to
 
 
 def make_problem(config: MemoryConfig, seed: int, documents: bool) -> Problem:
-    """A problem whose document boundaries fall at a chunk's edge, inside one, several in one, and at the first token."""
+    """A problem whose documents begin at a chunk's edge, inside one, several in one, and at the first token."""
     generator = torch.Generator().manual_seed(1000 + seed)
     shape = (BATCH, TOKENS, HEADS, WIDTH)
     z = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
@@ -77,7 +77,9 @@ def flat_state(config: MemoryConfig, state: chunked.MemoryState, which: str, wid
         for name, weight in getattr(group, which).items():
             if name in ("w1", "w1s"):
                 parts = weight.permute(1, 2, 0, 3, 4).unbind(0)
-                flat |= {f"w1_{box}": w for box, w in zip(boxes.matrix if name == "w1" else boxes.scalar, parts, strict=True)}
+                flat |= {
+                    f"w1_{box}": w for box, w in zip(boxes.matrix if name == "w1" else boxes.scalar, parts, strict=True)
+                }
                 continue
             hidden = config.expansion * width
             sizes = [hidden if name == "w2" else (1 if box in SCALAR_BOXES else width) for box in boxes.all]
@@ -87,7 +89,7 @@ def flat_state(config: MemoryConfig, state: chunked.MemoryState, which: str, wid
 
 
 def worst_error(problem: Problem) -> tuple[float, int]:
-    """The largest relative error of the chunked form: outputs, states and gradients; and how many matrices were clamped."""
+    """The chunked form's largest relative error (outputs, states, gradients), and how many matrices were clamped."""
     config = problem.config
     want = reference.run(config, problem.z_BTHN, problem.q_BTHN, problem.init, problem.starts_BT)
     got, state = chunked.run(config, problem.z_BTHN, problem.q_BTHN, problem.init, problem.starts_BT)
@@ -121,9 +123,18 @@ def all_cases() -> list[tuple[MemoryConfig, bool]]:
     """The cross product of the options that change the recurrence; the others take turns over it."""
     cases = []
     product = itertools.product(
-        RULES, ("after", "before", "start"), ("init", "zero"), (1.02, None), (False, True), (False, True), CHUNKS, (False, True)
+        RULES,
+        ("after", "before", "start"),
+        ("init", "zero"),
+        (1.02, None),
+        (False, True),
+        (False, True),
+        CHUNKS,
+        (False, True),
     )
-    for number, (rule, read, decay_to, clamp, momentum, adaptive_q, (chunk, generator_chunk), documents) in enumerate(product):
+    for number, (rule, read, decay_to, clamp, momentum, adaptive_q, (chunk, generator_chunk), documents) in enumerate(
+        product
+    ):
         minor = dict(MINOR[(number * 7) % len(MINOR)])
         if rule["kind"] == "linear":
             minor["expansion"] = 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ CASES = all_cases()
 BAR = 1e-10
 
 
-@pytest.mark.parametrize("first", range(0, 8))
+@pytest.mark.parametrize("first", range(8))
 def test_sample_of_the_product(first: int) -> None:
     """Every 29th combination: a share of the cross product that meets every option in the fast suite."""
     for number in range(first * 29, len(CASES), 8 * 29):
@@ -69,16 +71,20 @@ def test_any_split_equals_the_whole(number: int) -> None:
 
 
 @settings(max_examples=25)
-@given(cuts=st.lists(st.integers(1, TOKENS - 1), max_size=6, unique=True), read=st.sampled_from(["after", "before", "start"]))
+@given(
+    cuts=st.lists(st.integers(1, TOKENS - 1), max_size=6, unique=True),
+    read=st.sampled_from(["after", "before", "start"]),
+)
 def test_splits_by_property(cuts: list[int], read: str) -> None:
     config = MemoryConfig(chunk_size=8, generator_chunk_size=4, read=read)  # type: ignore[arg-type]
     problem = make_problem(config, 3, True)
     edges = [0, *sorted(cuts), TOKENS]
-    assert problem.q_BTHN is not None and problem.starts_BT is not None
+    assert problem.q_BTHN is not None
+    assert problem.starts_BT is not None
     with torch.no_grad():
         whole, _ = chunked.run(config, problem.z_BTHN, problem.q_BTHN, problem.init, problem.starts_BT)
         outputs, state = [], None
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             rows = (slice(None), slice(first, last))
             output, state = chunked.run(
                 config, problem.z_BTHN[rows], problem.q_BTHN[rows], problem.init, problem.starts_BT[rows], state

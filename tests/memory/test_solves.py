@@ -1,4 +1,4 @@
-"""The products over pairs of tokens: values against plain formulas, gradients against finite differences and autograd."""
+"""The products over pairs of tokens: values against plain formulas, gradients against autograd."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_solve_matches_autograd_through_a_general_solver(rows: int, which: str) 
     leaves = [x, eta, la, b, c]
     got_grads = torch.autograd.grad(got_sum, leaves, allow_unused=True, materialize_grads=True)
     want_grads = torch.autograd.grad(want_sum, leaves, allow_unused=True, materialize_grads=True)
-    for (got, want) in [*pairs, *zip(got_grads, want_grads, strict=True)]:
+    for got, want in [*pairs, *zip(got_grads, want_grads, strict=True)]:
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
@@ -60,7 +60,8 @@ def test_no_writes_at_all_has_the_right_gradient() -> None:
     eta = torch.zeros_like(eta).requires_grad_()
     before, cum, ratio = _pairs(la, strict=True)
     r, u = solve_writes(x, eta, before, cum, ratio, b, c)
-    assert r is not None and u is not None
+    assert r is not None
+    assert u is not None
     want_r, want_u = _plain(x, eta, ratio, b, c)
     got = torch.autograd.grad((r + u).sum(), eta)[0]
     torch.testing.assert_close(got, torch.autograd.grad((want_r + want_u).sum(), eta)[0], rtol=1e-12, atol=1e-12)
