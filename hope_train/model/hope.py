@@ -154,7 +154,7 @@ class HopeModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         residual = 1.0 / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
-            values = torch.empty(parameter.shape, dtype=torch.float32)
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")  # where the generator is
             last = name.rsplit(".", 1)[-1]
             if ".memory." in name:
                 memory = self.get_submodule(name.rsplit(".", 1)[0])

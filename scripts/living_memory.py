@@ -1,0 +1,206 @@
+"""Is the memory of a trained model alive? What its fast weights do with held-out text, and what they are worth.
+
+    python -m scripts.living_memory runs/demo/hope
+    python -m scripts.living_memory runs/demo/hope --wikitext FOLDER --json
+
+Two tables. Activity: for each layer and box how far the weights stand from their initial state (|W - W_init| /
+|W_init|), which share of them the clamp holds, and the mean write rate and retention. Worth: the loss on the same
+windows with the writes as they are and switched off (eta_max = 0, every memory stays at its learned initial state),
+with the standard error of the PAIRED difference.
+
+Shapes: B windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from data_pipelines.batches import Batch, BatchSource
+from data_pipelines.corpus import open_corpus
+from hope_train.checkpoint.store import load_model
+from hope_train.config.tree import RunConfig
+from hope_train.errors import UserError
+from hope_train.evaluate.run_files import checkpoint_tokenizer, pick_device
+from hope_train.evaluate.scoring import Scorer, row_sums
+from hope_train.evaluate.sources import read_wikitext
+from hope_train.evaluate.wikitext import join_pages
+from hope_train.model.activity import observe_model, without_writes
+from hope_train.model.hope import HopeModel
+from hope_train.model.loss import IGNORED
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Losses of one model on the same windows with and without its writes, in nats per token."""
+
+    windows: int
+    tokens: int
+    loss: float
+    loss_off: float
+    difference: float
+    """loss_off - loss: what the writes are worth."""
+    standard_error: float
+    """Of the difference: over the windows' own differences, which share their text. NaN for a single window."""
+    share_better: float
+    """Share of windows that the writes make better."""
+
+
+def window_losses(model: HopeModel, batches: Iterable[Batch], device: torch.device, precision: str) -> np.ndarray:
+    """Nats per scored token of each window, float64 [windows]."""
+    losses: list[float] = []
+    scorer = Scorer(model, device, eot_id=0, precision=precision)
+    with scorer.running():
+        for batch in batches:
+            tokens_BT = torch.from_numpy(batch.tokens).to(device)
+            targets_BT = torch.from_numpy(batch.targets).to(device)
+            starts_BT = None if batch.starts is None else torch.from_numpy(batch.starts).to(device)
+            x_BTD = model.hidden(tokens_BT, starts_BT)
+            sums_B = row_sums(x_BTD, model.head_weight_VD, targets_BT, scorer.chunk)
+            losses += (sums_B / (targets_BT != IGNORED).sum(1)).tolist()
+    return np.array(losses)
+
+
+def worth_of_writes(
+    model: HopeModel, batches: Sequence[Batch], device: torch.device | str = "cpu", precision: str = "fp32"
+) -> Worth:
+    """Compare `model` with itself without writes on windows of equal length."""
+    place = torch.device(device)
+    on = window_losses(model, batches, place, precision)
+    off = window_losses(without_writes(model), batches, place, precision)
+    difference = off - on
+    count = len(difference)
+    return Worth(
+        windows=count,
+        tokens=sum(int((batch.targets != IGNORED).sum()) for batch in batches),
+        loss=float(on.mean()),
+        loss_off=float(off.mean()),
+        difference=float(difference.mean()),
+        standard_error=float(difference.std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan,
+        share_better=float((difference > 0).mean()),
+    )
+
+
+def activity_rows(
+    model: HopeModel, batch: Batch, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> list[dict[str, Any]]:
+    """A row per layer and box over one batch: those of `Activity.rows`, with the layer and its mean eta and alpha."""
+    starts = None if batch.starts is None else torch.from_numpy(batch.starts).to(device)
+    with Scorer(model, torch.device(device), eot_id=0, precision=precision).running():
+        found = observe_model(model, torch.from_numpy(batch.tokens).to(device), starts)
+    return [
+        {"layer": int(layer), "eta": seen.eta_BTH.mean().item(), "alpha": seen.alpha_BTH.mean().item(), **row}
+        for layer, seen in found.items()
+        for row in seen.rows()
+    ]
+
+
+def held_out_windows(
+    run: str, config: RunConfig, fingerprint: str, wikitext: str | None, windows: int
+) -> tuple[str, list[Batch]]:
+    """What is read, and at most `windows` windows of the training length from all over it.
+
+    The run's own held-out text, or WikiText's validation split. Raises UserError when there is none or it is too short.
+    """
+    tokenizer = checkpoint_tokenizer(run, config, fingerprint)
+    length, rows = config.train.context_length, config.eval.batch_size
+    if wikitext is None:
+        label, split = "held-out training text", open_corpus(config.data, tokenizer).validation
+        source = BatchSource(split, length, rows, config.seed, config.data.reset_at_documents, tokenizer.eot_id)
+        chosen = list(source.validation_batches(1, windows))
+    else:
+        text = read_wikitext(wikitext, "validation", config.data.hub_timeout)
+        label = f"WikiText ({text.place})"
+        tokens = np.array(tokenizer.encode(join_pages([page.text for page in text.pages])), dtype=np.int64)
+        count = (len(tokens) - 1) // length
+        if not count:
+            raise UserError(f"{text.place} has {len(tokens)} tokens, fewer than a window of {length} and the next one")
+        chosen = []
+        for number in np.arange(min(count, windows)) * count // min(count, windows):
+            row = tokens[number * length : (number + 1) * length + 1][None]
+            starts = np.arange(length)[None] == 0 if config.data.reset_at_documents else None
+            chosen.append(Batch(row[:, :-1].copy(), row[:, 1:].copy(), starts))
+    groups = [chosen[first : first + rows] for first in range(0, len(chosen), rows)]
+    return label, [_joined(group) for group in groups]
+
+
+def _joined(rows: Sequence[Batch]) -> Batch:
+    starts = None if rows[0].starts is None else np.concatenate([row.starts for row in rows if row.starts is not None])
+    return Batch(np.concatenate([row.tokens for row in rows]), np.concatenate([row.targets for row in rows]), starts)
+
+
+def print_tables(label: str, rows: Sequence[dict[str, Any]], worth: Worth) -> None:
+    """Both tables on standard output."""
+    table = Table(title=f"Activity on {label}", title_justify="left")
+    for column in ("layer", "box", "moved", "least", "most", "first chunk", "last", "clamped", "eta", "alpha"):
+        table.add_column(column, justify="left" if column == "box" else "right", no_wrap=True)
+    for row in rows:
+        over_time = row["deviation_by_chunk"] or [math.nan]
+        keys = ("deviation", "deviation_min", "deviation_max")
+        moved = [math.nan if row[key] is None else row[key] for key in keys]
+        held = math.nan if row["held"] is None else 100 * row["held"]
+        table.add_row(
+            str(row["layer"]),
+            row["box"],
+            *(f"{value:.3f}" for value in (*moved, over_time[0], over_time[-1])),
+            f"{held:.2f}%",
+            f"{row['eta']:.3f}",
+            f"{row['alpha']:.4f}",
+        )
+    console = Console(width=max(100, Console().width))
+    console.print(table)
+    table = Table(title=f"Worth of the writes: {worth.windows} windows, {worth.tokens:,} tokens", title_justify="left")
+    for column in ("", "nats per token"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("writes on", f"{worth.loss:.4f}")
+    table.add_row("writes off", f"{worth.loss_off:.4f}")
+    table.add_row("difference", f"{worth.difference:.4f} ± {worth.standard_error:.4f} (paired standard error)")
+    table.add_row("better with writes", f"{100 * worth.share_better:.0f}% of windows")
+    console.print(table)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code: 0, or 2 after one line about what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.living_memory", description=str(__doc__).splitlines()[0])
+    parser.add_argument("run", help="a run directory or a checkpoint of a model with memories")
+    parser.add_argument("--wikitext", help="measure on WikiText's validation split from this folder (or `hub`)")
+    parser.add_argument("--windows", type=int, default=64, help="how many windows to read (default: %(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.windows < 2:
+            raise UserError(f"--windows={chosen.windows}: a standard error needs at least 2")
+        if not Path(chosen.run).is_dir():
+            raise UserError(f"{chosen.run} is neither a run directory nor a checkpoint: no such folder")
+        device = pick_device(chosen.device)
+        model, config, manifest = load_model(chosen.run, device, tell=lambda line: print(line, file=sys.stderr))
+        if config.model.arch != "hope":
+            raise UserError(f"{chosen.run} is a model with arch={config.model.arch}, which has no memories")
+        label, batches = held_out_windows(chosen.run, config, manifest.tokenizer, chosen.wikitext, chosen.windows)
+        rows = activity_rows(model, batches[0], device, config.train.precision)
+        worth = worth_of_writes(model, batches, device, config.train.precision)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if chosen.json:
+        found = {"run": chosen.run, "text": label, "step": manifest.step, "worth": asdict(worth), "activity": rows}
+        print(json.dumps(found, ensure_ascii=False))
+    else:
+        print_tables(f"{label} by {chosen.run}, step {manifest.step:,}", rows, worth)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
