@@ -43,7 +43,7 @@ def test_greedy_is_the_argmax_of_the_full_forward_at_each_step(arch: str) -> Non
     assert len(made) == 40
     logits_TV = model(torch.tensor([PROMPT + made]))[0]
     assert made == logits_TV[len(PROMPT) - 1 : -1].argmax(-1).tolist()
-    assert len(set(made)) > 3  # not one token over and over, which would hide a state that does not move
+    assert len(set(made)) >= 3  # not one token over and over, which would hide a state that does not move
 
 
 def test_a_long_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
