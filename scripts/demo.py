@@ -174,13 +174,13 @@ def total_steps() -> int:
     return load_config(ROOT / CONFIG, [f"train.tokens={TRAIN_TOKENS}"]).train.total_steps
 
 
-def perplexities(text: Text) -> tuple[str, list[tuple[int, float]], float | None]:
-    """What was measured: its name, (step, value) in the order of the run, and WikiText's test figure."""
+def perplexities(text: Text) -> tuple[str, list[tuple[int, float]], dict[str, Any] | None]:
+    """What was measured: its name, (step, value) in the order of the run, and the row of WikiText's test split."""
     found = rows("eval.jsonl")
     if text.wikitext is not None:
         words = [row for row in found if row.get("word_ppl") is not None and not row.get("stateful")]
         series = [(int(row["step"]), float(row["word_ppl"])) for row in words if row["split"] == "validation"]
-        test = [float(row["word_ppl"]) for row in words if row["split"] == "test"]
+        test = [row for row in words if row["split"] == "test"]
         name = f"WikiText word_ppl, validation (first {EVALUATION_PAGES} pages)"
         return name, series, test[-1] if test else None
     held_out = [row for row in found if row.get("heldout_byte_ppl") is not None and not row.get("stateful")]
@@ -205,7 +205,8 @@ def show_result(text: Text, tokenizer: Path, begun: float) -> bool:
     table.add_row("training loss", f"{metrics[0]['loss']:.3f} -> {metrics[-1]['loss']:.3f} nats per token")
     table.add_row(name, " -> ".join(f"{value:,.1f}" for _, value in series) or "nothing measured")
     if test is not None:
-        table.add_row("WikiText word_ppl, test (all pages)", f"{test:,.1f}")
+        pages = f"first {test['pages']} pages" if test.get("partial") else "all pages"
+        table.add_row(f"WikiText word_ppl, test ({pages})", f"{test['word_ppl']:,.1f}")
     table.add_row("checkpoints", f"{RUN}/checkpoints")
     table.add_row("report", f"{RUN}/report (open the .html file)")
     table.add_row("time", f"{(time.monotonic() - begun) / 60:.1f} minutes")
