@@ -5,8 +5,8 @@
 
 Two tables. Activity: for each layer and box how far the weights stand from their initial state (|W - W_init| /
 |W_init|), which share of them the clamp holds, and the mean write rate and retention. Worth: the loss on the same
-windows with the writes as they are and switched off (eta_max = 0, every memory stays at its learned initial state),
-with the standard error of the PAIRED difference.
+windows with the writes as they are, switched off (eta_max = 0, every memory stays at its learned initial state), and
+with everything reset every n tokens; with the standard error of the PAIRED difference.
 
 Shapes: B windows, T tokens.
 """
@@ -43,22 +43,25 @@ from hope_train.model.loss import IGNORED
 
 @dataclass(frozen=True)
 class Worth:
-    """Losses of one model on the same windows with and without its writes, in nats per token."""
+    """What a model loses, in nats per token, when something is taken from its memory; on the same windows."""
 
-    windows: int
-    tokens: int
+    what: str
+    """`no writes`, or `memory of n tokens`: reset every n tokens, so that no write is used by more than n - 1 later
+    ones."""
     loss: float
-    loss_off: float
     difference: float
-    """loss_off - loss: what the writes are worth."""
+    """From the loss of the model as it is."""
     standard_error: float
-    """Of the difference: over the windows' own differences, which share their text. NaN for a single window."""
-    share_better: float
-    """Share of windows that the writes make better."""
+    """Of the difference: over the windows' own differences, which share their text."""
+    share_worse: float
+    """Share of the windows that it makes worse."""
 
 
-def window_losses(model: HopeModel, batches: Iterable[Batch], device: torch.device, precision: str) -> np.ndarray:
-    """Nats per scored token of each window, float64 [windows]."""
+def window_losses(
+    model: HopeModel, batches: Iterable[Batch], device: torch.device, precision: str, horizon: int | None = None
+) -> np.ndarray:
+    """Nats per scored token of each window, float64 [windows]; with `horizon` the model is reset every so many
+    tokens."""
     losses: list[float] = []
     scorer = Scorer(model, device, eot_id=0, precision=precision)
     with scorer.running():
@@ -66,6 +69,9 @@ def window_losses(model: HopeModel, batches: Iterable[Batch], device: torch.devi
             tokens_BT = torch.from_numpy(batch.tokens).to(device)
             targets_BT = torch.from_numpy(batch.targets).to(device)
             starts_BT = None if batch.starts is None else torch.from_numpy(batch.starts).to(device)
+            if horizon is not None:
+                resets_T = torch.arange(tokens_BT.shape[1], device=device) % horizon == 0
+                starts_BT = resets_T.expand(tokens_BT.shape) if starts_BT is None else starts_BT | resets_T
             x_BTD = model.hidden(tokens_BT, starts_BT)
             sums_B = row_sums(x_BTD, model.head_weight_VD, targets_BT, scorer.chunk)
             losses += (sums_B / (targets_BT != IGNORED).sum(1)).tolist()
@@ -73,23 +79,25 @@ def window_losses(model: HopeModel, batches: Iterable[Batch], device: torch.devi
 
 
 def worth_of_writes(
-    model: HopeModel, batches: Sequence[Batch], device: torch.device | str = "cpu", precision: str = "fp32"
-) -> Worth:
-    """Compare `model` with itself without writes on windows of equal length."""
+    model: HopeModel,
+    batches: Sequence[Batch],
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    horizons: Sequence[int] = (),
+) -> tuple[float, list[Worth]]:
+    """The loss of `model` on at least two windows of equal length, and what it loses without its writes and with
+    shorter memories."""
     place = torch.device(device)
-    on = window_losses(model, batches, place, precision)
-    off = window_losses(without_writes(model), batches, place, precision)
-    difference = off - on
-    count = len(difference)
-    return Worth(
-        windows=count,
-        tokens=sum(int((batch.targets != IGNORED).sum()) for batch in batches),
-        loss=float(on.mean()),
-        loss_off=float(off.mean()),
-        difference=float(difference.mean()),
-        standard_error=float(difference.std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan,
-        share_better=float((difference > 0).mean()),
-    )
+    whole = window_losses(model, batches, place, precision)
+    taken = [("no writes", window_losses(without_writes(model), batches, place, precision))]
+    for horizon in horizons:
+        taken.append((f"memory of {horizon} tokens", window_losses(model, batches, place, precision, horizon)))
+    found = []
+    for what, losses in taken:
+        more = losses - whole
+        error = float(more.std(ddof=1) / math.sqrt(len(more)))
+        found.append(Worth(what, float(losses.mean()), float(more.mean()), error, float((more > 0).mean())))
+    return float(whole.mean()), found
 
 
 def activity_rows(
@@ -131,6 +139,8 @@ def held_out_windows(
             row = tokens[number * length : (number + 1) * length + 1][None]
             starts = np.arange(length)[None] == 0 if config.data.reset_at_documents else None
             chosen.append(Batch(row[:, :-1].copy(), row[:, 1:].copy(), starts))
+    if len(chosen) < 2:
+        raise UserError(f"{label} has a single window of {length} tokens: a standard error needs at least 2")
     groups = [chosen[first : first + rows] for first in range(0, len(chosen), rows)]
     return label, [_joined(group) for group in groups]
 
@@ -140,7 +150,7 @@ def _joined(rows: Sequence[Batch]) -> Batch:
     return Batch(np.concatenate([row.tokens for row in rows]), np.concatenate([row.targets for row in rows]), starts)
 
 
-def print_tables(label: str, rows: Sequence[dict[str, Any]], worth: Worth) -> None:
+def print_tables(label: str, rows: Sequence[dict[str, Any]], title: str, loss: float, worth: Sequence[Worth]) -> None:
     """Both tables on standard output."""
     table = Table(title=f"Activity on {label}", title_justify="left")
     for column in ("layer", "box", "moved", "least", "most", "first chunk", "last", "clamped", "eta", "alpha"):
@@ -160,13 +170,13 @@ def print_tables(label: str, rows: Sequence[dict[str, Any]], worth: Worth) -> No
         )
     console = Console(width=max(100, Console().width))
     console.print(table)
-    table = Table(title=f"Worth of the writes: {worth.windows} windows, {worth.tokens:,} tokens", title_justify="left")
-    for column in ("", "nats per token"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("writes on", f"{worth.loss:.4f}")
-    table.add_row("writes off", f"{worth.loss_off:.4f}")
-    table.add_row("difference", f"{worth.difference:.4f} ± {worth.standard_error:.4f} (paired standard error)")
-    table.add_row("better with writes", f"{100 * worth.share_better:.0f}% of windows")
+    table = Table(title=title, title_justify="left")
+    for column in ("", "nats per token", "worse by", "standard error", "windows made worse"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    table.add_row("as it is", f"{loss:.4f}", "", "", "")
+    for each in worth:
+        figures = (f"{each.loss:.4f}", f"{each.difference:.4f}", f"{each.standard_error:.4f}")
+        table.add_row(each.what, *figures, f"{100 * each.share_worse:.0f}%")
     console.print(table)
 
 
@@ -176,12 +186,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", help="a run directory or a checkpoint of a model with memories")
     parser.add_argument("--wikitext", help="measure on WikiText's validation split from this folder (or `hub`)")
     parser.add_argument("--windows", type=int, default=64, help="how many windows to read (default: %(default)s)")
+    parser.add_argument(
+        "--horizons", type=int, nargs="*", default=[8, 32, 128], help="reset every so many tokens (default: 8 32 128)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.windows < 2:
             raise UserError(f"--windows={chosen.windows}: a standard error needs at least 2")
+        if min(chosen.horizons, default=1) < 1:
+            raise UserError(f"--horizons {min(chosen.horizons)}: tokens between resets are at least 1")
         if not Path(chosen.run).is_dir():
             raise UserError(f"{chosen.run} is neither a run directory nor a checkpoint: no such folder")
         device = pick_device(chosen.device)
@@ -190,15 +205,26 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{chosen.run} is a model with arch={config.model.arch}, which has no memories")
         label, batches = held_out_windows(chosen.run, config, manifest.tokenizer, chosen.wikitext, chosen.windows)
         rows = activity_rows(model, batches[0], device, config.train.precision)
-        worth = worth_of_writes(model, batches, device, config.train.precision)
+        loss, worth = worth_of_writes(model, batches, device, config.train.precision, chosen.horizons)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    count = sum(len(batch.tokens) for batch in batches)
     if chosen.json:
-        found = {"run": chosen.run, "text": label, "step": manifest.step, "worth": asdict(worth), "activity": rows}
+        found = {
+            "run": chosen.run,
+            "step": manifest.step,
+            "text": label,
+            "windows": count,
+            "context_length": config.train.context_length,
+            "loss": loss,
+            "worth": [asdict(row) for row in worth],
+            "activity": rows,
+        }
         print(json.dumps(found, ensure_ascii=False))
     else:
-        print_tables(f"{label} by {chosen.run}, step {manifest.step:,}", rows, worth)
+        title = f"Worth of the memory: {count} windows of {config.train.context_length:,} tokens"
+        print_tables(f"{label} by {chosen.run}, step {manifest.step:,}", rows, title, loss, worth)
     return 0
 
 

@@ -5,8 +5,9 @@
 
 A sequence is `k v k v … | filler … | k v k v …`: pairs of a key and a value drawn anew for every sequence, fillers
 that say nothing, and every key again in another order, after which its value is to be predicted. Weights cannot know
-the pairs, and the convolutions (window 4, so 3 tokens back per layer) cannot reach them: only the fast weights can
-carry them.
+the pairs, and convolutions (window 4, so 3 tokens back per layer) cannot reach them: only the fast weights can carry
+them. Without writes a model with the default static queries sees no other token at all, since the convolution feeds
+nothing but the writes; with adaptive queries it still has the convolutions, and is the fairer comparison.
 
 Shapes: B batch, T tokens.
 """
@@ -169,12 +170,14 @@ class Case:
     steps: int = 500
 
 
+ADAPTIVE = {"adaptive_q": True}
 CASES = (
     Case("mlp", {}),
     Case("mlp, no writes", {"eta_max": 0.0}),
+    Case("mlp, adaptive q", ADAPTIVE),
+    Case("mlp, adaptive q, no writes", {**ADAPTIVE, "eta_max": 0.0}),
     Case("mlp, chunks of 8", {"chunk_size": 8, "generator_chunk_size": 8}),
     Case("linear", {"kind": "linear"}),
-    Case("linear, no writes", {"kind": "linear", "eta_max": 0.0}),
     Case("mlp, 8 pairs", {}, Task(pairs=8), 800),
 )
 

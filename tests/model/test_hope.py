@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -206,7 +207,7 @@ def state_bytes(state: Any) -> int:
 
 
 def test_hopes_state_is_constant_in_the_context_length() -> None:
-    """The storage behind the state, so that a view of something longer would count; attention's grows with every token."""
+    """Counted is the storage behind it, so that a view of something longer counts whole. Attention's state grows."""
     grown = {}
     for arch in ("hope", "hope_attention"):
         model = small_model(arch)
@@ -232,7 +233,7 @@ def test_a_document_gives_what_it_gives_alone(arch: str, changes: dict[str, Any]
     starts[0, edges[:-1]] = True
     with torch.no_grad():
         packed, merged = model(tokens, starts), model(tokens)
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in itertools.pairwise(edges):
             alone = model(tokens[:, first:last])
             assert relative(packed[:, first:last], alone) < BAR
             assert first == 0 or relative(merged[:, first:last], alone) > 1e-3
