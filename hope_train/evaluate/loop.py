@@ -48,17 +48,20 @@ class Evaluator:
         device: torch.device | str,
         context_length: int | None = None,
         splits: Sequence[str] | None = None,
+        whole_test: bool = True,
     ) -> None:
         """Read the texts.
 
         Args:
             context_length: tokens in a window. None: the training one.
             splits: which will be asked for. None: validation, and test where eval.test_at_end says so.
+            whole_test: the test split is scored whole, whatever eval.pages says of the loop.
 
         Raises:
             UserError: the WikiText named cannot be read, or a protocol does not apply to this tokenizer.
         """
         self.config, self.tokenizer, self.device = config, tokenizer, torch.device(device)
+        self.whole_test = whole_test
         self.context_length = context_length or config.train.context_length
         if self.context_length < 2:
             raise UserError(f"context_length={self.context_length}: a window has at least 2 tokens")
@@ -90,7 +93,7 @@ class Evaluator:
                 f"no WikiText (neither eval.wikitext nor ${ENVIRONMENT} is set): evaluations report the validation "
                 "loss alone"
             )
-        pages = len(text.first(self.config.eval.pages))
+        pages = len(self.used(text))
         part = f"{pages} of {len(text.pages)}" if pages < len(text.pages) else f"{pages}"
         if text.source == HELD_OUT:
             return (
@@ -156,10 +159,14 @@ class Evaluator:
             chunk=self.config.train.loss_chunk,
         )
 
+    def used(self, text: Text) -> tuple[Page, ...]:
+        """The pages that are scored: `eval.pages` cuts the loop's, never the test at the end of a run."""
+        return tuple(text.first(None if self.whole_test and text.split == "test" else self.config.eval.pages))
+
     def pages(self, split: str) -> list[tuple[int, Page, np.ndarray]]:
         """(number, page, tokens of the text scored) of the pages that evaluations of this split use."""
         text = self._text(split)
-        chosen = text.first(self.config.eval.pages)
+        chosen = self.used(text)
         if split not in self._tokens:
             encoded = self.tokenizer.encode_batch([page.scored for page in chosen])
             self._tokens[split] = [np.array(tokens, dtype=np.int64) for tokens in encoded]
@@ -180,7 +187,7 @@ class Evaluator:
 
     def _token_row(self, scorer: Scorer, text: Text, progress: Progress | None) -> Row:
         started = time.perf_counter()
-        joined = join_pages([page.text for page in text.first(self.config.eval.pages)])
+        joined = join_pages([page.text for page in self.used(text)])
         nll, count = score_tokens(scorer, self.tokenizer.encode(joined), self.context_length, progress)
         row: Row = {"source": text.source, "protocol": "token", "token_ppl": exp(nll / count)}
         row |= {"denominators": {"tokens": count}, "scored_tokens": count}
@@ -203,7 +210,7 @@ class Evaluator:
         }
 
     def _about(self, text: Text, started: float) -> Row:
-        used = len(text.first(self.config.eval.pages))
+        used = len(self.used(text))
         return {
             "pages": used,
             **({"partial": True} if used < len(text.pages) else {}),
