@@ -114,56 +114,111 @@ def _hope_mixer_terms(model: ModelConfig) -> Iterator[Term]:
     yield Term("projections", "out projection W_o", square)
     if memory.conv_width > 1:
         yield Term("projections", f"depthwise convolution, window {memory.conv_width}", 2.0 * width * memory.conv_width)
-    for name, multiply_adds in _memory_multiply_adds(memory, model.head_dim):
-        yield Term("memory", name, 2.0 * model.n_heads * multiply_adds)
+    for product in memory_products(memory, model.head_dim):
+        yield Term("memory", product.name, 2.0 * model.n_heads * product.counted)
 
 
-def _memory_multiply_adds(memory: MemoryConfig, n: int) -> Iterator[tuple[str, float]]:
-    """Multiply-adds per token and head of the chunk-parallel form.
+@dataclass(frozen=True)
+class Product:
+    """A product of the memories, in multiply-adds per token and head."""
 
-    With e n = E, output width o (n, or 1 for eta and alpha) and chunk C of the memory in question: a read of the
-    chunk's first state costs E n + o E, a triangular C x C product with a width-x factor C x / 2 per token, a
-    triangular inverse C^2 / 6 per token.
+    name: str
+    counted: float
+    """By the convention: triangular ones at half, a triangular inverse C^2 / 6."""
+
+    executed: float
+    """What the chunk functions compute: triangular ones whole."""
+
+
+def memory_products(memory: MemoryConfig, n: int) -> list[Product]:
+    """The products of the chunk-parallel form (`hope_train.memory.pieces`), whole chunks.
+
+    Rows of one number (W1 of eta and alpha) are read by sums, not products, and left out; so is the substitution into
+    16 x 16 blocks on the diagonal of an inverse from what is executed.
     """
-    boxes = [(box, 1 if box in SCALAR_BOXES else n) for box in memory_boxes(memory)]
-    chunk = {box: memory.chunk_size if box == "mem" else memory.generator_chunk_size for box, _ in boxes}
-    distinct = sorted(set(chunk.values()))
-    generators = [(box, o) for box, o in boxes if box != "mem"]
+    wide = len(memory_boxes(memory)) - len(SCALAR_BOXES)
+    if memory.chunk_size == memory.generator_chunk_size:
+        found = [*_group_products(memory, n, len(SCALAR_BOXES), wide, memory.chunk_size, wide - 1, True)]
+    else:
+        size = memory.generator_chunk_size
+        found = [*_group_products(memory, n, len(SCALAR_BOXES), wide - 1, size, wide - 1, False)]
+        found += _group_products(memory, n, 0, 1, memory.chunk_size, 0, True)
+    products: dict[str, Product] = {}
+    for name, counted, executed in found:
+        known = products.get(name, Product(name, 0.0, 0.0))
+        products[name] = Product(name, known.counted + counted, known.executed + executed)
+    return [product for product in products.values() if product.executed or product.counted]
+
+
+def _group_products(
+    memory: MemoryConfig, n: int, scalars: int, matrices: int, chunk: int, generators: int, read: bool
+) -> Iterator[tuple[str, float, float]]:
+    """(name, counted, executed) of one group: `generators` of its matrix boxes make k, v (q), `read`: one answers."""
+
+    def whole(name: str, multiply_adds: float) -> tuple[str, float, float]:
+        return name, multiply_adds, multiply_adds
+
+    def triangular(name: str, widths: float) -> tuple[str, float, float]:
+        """A C x C factor applied to (or made of) so many columns."""
+        return f"{name} (triangular)", widths * chunk / 2, float(widths * chunk)
+
     is_mlp = memory.kind == "mlp"
-    hidden = memory.expansion * n if is_mlp else 0
+    hidden = memory.expansion * n
+    last = hidden if is_mlp else n  # rows of the read box among those that share the keys
+    scalar_rows = scalars * hidden if is_mlp else scalars
+    rows = scalar_rows + matrices * last
+    w1 = matrices * n * hidden if is_mlp else 0
+    state = rows * n + w1
+    to_init, momentum = memory.decay_to == "init", memory.momentum
     solved_w1 = is_mlp and memory.rank_one == "both"
-
-    def state(o: int) -> float:
-        return hidden * n + o * hidden if is_mlp else o * n
-
-    yield "generators read at the chunk's first state", float(sum(state(o) for _, o in generators))
-    yield "targets M(v) of every memory", float(sum(state(o) for _, o in boxes))
-    yield "pre-activations at the keys", float(sum(state(o) for _, o in boxes))
-    if is_mlp:
-        yield "gradient through W1", float(sum(o * hidden for _, o in boxes))
-    if memory.decay_to == "init":
-        yield "W_init at the keys", float(sum(state(o) for _, o in boxes))
-    yield "key products k k^T (triangular)", sum(n * size / 2 for size in distinct)
+    if generators:
+        own_w1 = generators * n * hidden if is_mlp else 0
+        yield whole("generators read at the chunk's first state", (scalar_rows + generators * last) * n + own_w1)
+    yield whole("targets M(v) of every memory", state)
+    yield whole("M(k) of every memory", state)
+    yield whole("gradient through W1", w1)
+    if to_init:
+        yield whole("W_init at the keys", rows * n + (w1 if solved_w1 else 0))
+    yield triangular("key products k k^T", n)
+    inverses = 1 + (matrices if solved_w1 else 0)
     if solved_w1:
-        yield "hidden products h h^T (triangular)", sum(hidden * chunk[box] / 2 for box, _ in boxes)
-    inverted = distinct + ([chunk[box] for box, _ in boxes] if solved_w1 else [])
-    yield "triangular inverses", sum(size * size / 6 for size in inverted)
-    first = sum((hidden if is_mlp else o) * chunk[box] / 2 for box, o in boxes)
-    second = sum(o * chunk[box] / 2 for box, o in boxes) if solved_w1 else 0.0
-    yield "inverses applied to the right-hand sides (triangular)", first + second
-    yield "chunk commits", float(sum(state(o) for _, o in boxes))
-    if memory.momentum:
-        yield "momentum: second decay (triangular)", sum(4 * size * size / 2 for size in distinct)
-        yield "momentum: carried speeds and their commits", 3.0 * sum(state(o) for _, o in boxes)
-        inner = sum((n + hidden if is_mlp else n + o) * chunk[box] / 2 for box, o in boxes)
-        outer = sum((hidden + o) * chunk[box] / 2 for box, o in boxes) if is_mlp else 0.0
-        yield "momentum: writes inside the chunk (triangular)", inner + outer
-    yield "output read: state", float(state(n))
+        yield triangular("hidden products h h^T", (matrices + scalars) * hidden)
+    yield "triangular inverses", inverses * chunk * chunk / 6, float(inverses * _inverse_products(chunk))
+    # Rows that are read inside the chunk need writes; for the others one solve with the keys does (`solve_unread`).
+    alone = read and rows == last
+    solved = rows if momentum or alone else n + (last if read else 0)
+    yield triangular("inverses applied", solved + (matrices * n if solved_w1 else 0))
+    commits = state + (scalars * hidden if is_mlp else 0)
+    if not (momentum and is_mlp and not solved_w1):
+        yield whole("chunk commits", commits)
+    else:  # W1 has no rank-one factor: what is written to it is all momentum
+        yield whole("chunk commits", rows * n)
+    if momentum:
+        yield triangular("momentum: second decay", 2 * chunk)
+        yield whole("momentum: second decay of carried speeds", 2 * chunk)
+        yield whole("momentum: carried speeds at the keys", rows * n + (w1 if solved_w1 else 0))
+        yield whole("momentum: commits", 2 * commits)
+        inner = (matrices + scalars) * hidden + matrices * n + scalars if solved_w1 else 0
+        yield triangular("momentum: writes inside the chunk", n + rows + inner)
+    if not read:
+        return
+    own = last * n + (n * hidden if is_mlp else 0)
+    yield whole("output read: state", own)
     if memory.read == "start":
         return
-    if memory.decay_to == "init":
-        yield "output read: W_init", float(state(n))
-    own = chunk["mem"]
-    # Two passes of (queries x keys, then weights x right-hand sides) for an MLP, one for a linear memory.
-    inside = (n + hidden + hidden + n) * own / 2 if is_mlp else (n + n) * own / 2
-    yield "output read: inside the chunk (triangular)", inside
+    if to_init:
+        yield whole("output read: W_init", own)
+    # Two passes of (queries x keys, then weights x writes) for an MLP, one for a linear memory.
+    pairs = 2 * n + 2 * hidden if is_mlp else 2 * n
+    first = 2 * n if not is_mlp else n + hidden
+    yield triangular("output read: inside the chunk", pairs if not momentum or solved_w1 or not is_mlp else first)
+    if momentum:
+        yield whole("momentum: output read of carried speeds", own)
+        yield triangular("momentum: output read inside the chunk", pairs)
+
+
+def _inverse_products(chunk: int) -> int:
+    """Multiply-adds per token of block elimination (`hope_train.memory.triangular`): w^2 for each level of width w."""
+    if chunk % 16 or (chunk // 16) & (chunk // 16 - 1):
+        return 0
+    return sum((16 << level) ** 2 for level in range((chunk // 16).bit_length() - 1))

@@ -132,16 +132,27 @@ def _block_bytes(model: ModelConfig, tokens: int, sequences: int, low: int) -> t
     passing = 0
     if model.arch == "hope":
         kept["projections, convolution, norms"] = (22 + 5 * low) * width * tokens
-        per_token = FP32 * model.n_heads * saved_memory_values(model)
-        every = model.memory.save_every
+        memory, values = model.memory, saved_memory_values(model)
+        per_token = {group: FP32 * model.n_heads * value for group, value in values.items()}
+        every = memory.save_every
         if every == 1:
-            kept["memories inside their chunks"] = round(per_token * tokens)
+            kept["memories inside their chunks"] = round(sum(per_token.values()) * tokens)
         else:
-            chunk = max(model.memory.chunk_size, model.memory.generator_chunk_size)
-            kept["k, v, q, eta, alpha, outputs"] = 6 * FP32 * width * tokens
+            # What goes into the scans: z and static q; of two scans also k, v (adaptive q), eta, alpha.
+            inputs = (2 - memory.adaptive_q) * width
+            if "joint" not in values:
+                inputs = 4 * width + 2 * model.n_heads
+            kept["inputs of the memories"] = FP32 * inputs * tokens
             kept[f"every {every}th chunk state"] = round(saved_state_bytes(model) * tokens / every)
-            # One scan at a time is recomputed; the generators' is three quarters of both.
-            passing = round(0.75 * per_token * min(tokens, sequences * chunk * every))
+            # One batch of chunks at a time is recomputed: of all memories together, or of one scan after the other.
+            chunks = {
+                "joint": memory.chunk_size,
+                "memory": memory.chunk_size,
+                "generators": memory.generator_chunk_size,
+            }
+            passing = max(
+                round(size * min(tokens, sequences * chunks[group] * every)) for group, size in per_token.items()
+            )
     else:
         kept["attention and its norm"] = (16 + 4 * low) * width * tokens
     hidden = [(model.mlp_width or 0, True)] if model.arch == "transformer_pp" else []
@@ -151,33 +162,62 @@ def _block_bytes(model: ModelConfig, tokens: int, sequences: int, low: int) -> t
     return kept, passing
 
 
-def saved_memory_values(model: ModelConfig) -> float:
-    """Numbers (fp32) kept per token and head inside the chunks of both scans; chunk states are the terms over C.
+_KEPT: dict[tuple[str, str], tuple[tuple[float, ...], ...]] = {
+    # (kind, group): tensors per token of width n, E, C and 1; then what `adaptive_q`, `momentum` and both add
+    ("mlp", "joint"): ((25, 81, 10, 33), (4, 17, 1, 3), (8, 31, 21.4, 9), (2, 6, 2, 0)),
+    ("mlp", "generators"): ((17, 62, 6, 29), (5, 17, 1, 3), (4, 24, 16.4, 9), (2, 6, 2, 0)),
+    ("mlp", "memory"): ((13, 17, 6, 8), (0, 0, 0, 0), (5, 6, 13.4, 5), (0, 0, 0, 0)),
+    ("linear", "joint"): ((20, 0, 4, 16), (2, 0, 0, 0), (12, 0, 9.4, 13), (4, 0, 0, 0)),
+    ("linear", "generators"): ((13, 0, 2, 15), (3, 0, 0, 0), (8, 0, 8.4, 13), (4, 0, 0, 0)),
+    ("linear", "memory"): ((12, 0, 4, 5), (0, 0, 0, 0), (6, 0, 9.4, 5), (0, 0, 0, 0)),
+}
+"""What the chunk functions keep besides states; equal chunk sizes make one joint group of all memories.
 
-    The coefficients count the saved tensors of each shape in the chunk functions: n-wide, E-wide, C-wide and whole
-    states. Decay to zero, `rank_one: w2` and `read: start` keep somewhat less; momentum keeps more.
+Counted with saved-tensor hooks for two sequences and several heads over head widths, expansions and chunks; least
+squares over that grid give these numbers (momentum's factors of theta are shared by the sequences,
+hence no whole ones).
+"""
+
+
+def saved_memory_values(model: ModelConfig) -> dict[str, float]:
+    """Numbers (fp32) kept per token and head inside the chunks, by group of memories, chunk states included.
+
+    Each chunk keeps its states twice (before the chunk and without the initial state), once more with the clamp and
+    once more with momentum; a joint group of MLPs also copies W1s where it takes some of a stack. Decay to zero,
+    `rank_one: w2` and `read: start` keep less.
     """
     memory, n = model.memory, model.head_dim
-    big, small = memory.chunk_size, memory.generator_chunk_size
-    hidden = memory.expansion * n
-    if memory.kind == "mlp":
-        generators, main = 4 * hidden * n + 2 * n * hidden + 2 * hidden, 2 * hidden * n
-        values = 26 * n + 71 * hidden + 17.2 * small + 12.2 * big + 2.7 * generators / small + 2.5 * main / big + 46
-    else:
-        generators, main = 2 * n * n + 2 * n, n * n
-        values = 24 * n + 5.2 * small + 7.3 * big + 3 * generators / small + 3 * main / big + 20
-    values *= 1.17 if memory.adaptive_q else 1.0
-    return values * (1.55 if memory.momentum else 1.0)
+    copies = 2 + (memory.clamp is not None) + memory.momentum
+    groups = {"joint": memory.chunk_size}
+    if memory.chunk_size != memory.generator_chunk_size:
+        groups = {"generators": memory.generator_chunk_size, "memory": memory.chunk_size}
+    values = {}
+    for group, chunk in groups.items():
+        switched = (True, memory.adaptive_q, memory.momentum, memory.adaptive_q and memory.momentum)
+        widths = (n, memory.expansion * n, chunk, 1)
+        kept = copies * _state_values(model, group) / model.n_heads
+        if group == "joint" and memory.kind == "mlp":
+            kept += (3 + memory.adaptive_q + memory.momentum) * memory.expansion * n * n / chunk
+        for counts, on in zip(_KEPT[memory.kind, group], switched, strict=True):
+            kept += on * sum(count * width for count, width in zip(counts, widths, strict=True))
+        values[group] = kept
+    return values
+
+
+def _state_values(model: ModelConfig, group: str = "joint") -> float:
+    """Numbers in the fast weights of one layer's group (`joint`: all of them), over the length of each one's chunk."""
+    memory = model.memory
+    total = 0.0
+    for name, shape in memory_state_shapes(model).items():
+        is_main = name.endswith("_mem")
+        if group == "joint" or (group == "memory") == is_main:
+            total += math.prod(shape) / (memory.chunk_size if is_main else memory.generator_chunk_size)
+    return total
 
 
 def saved_state_bytes(model: ModelConfig) -> float:
     """Bytes of chunk states per token and layer when every chunk's state is kept."""
-    memory = model.memory
-    total = 0.0
-    for name, shape in memory_state_shapes(model).items():
-        chunk = memory.chunk_size if name.endswith("_mem") else memory.generator_chunk_size
-        total += FP32 * math.prod(shape) / chunk
-    return total * (2 if memory.momentum else 1)
+    return FP32 * _state_values(model) * (2 if model.memory.momentum else 1)
 
 
 def state_bytes_per_sequence(model: ModelConfig, context: int) -> int:

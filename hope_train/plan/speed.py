@@ -21,8 +21,18 @@ LAUNCH_SECONDS = 5e-6
 COMPILED_SHARE = 0.2
 """Kernels left of the memory's chunk functions by `train.compile`."""
 
-CHUNK_KERNELS = {"mlp": (520, 830), "linear": (225, 335)}
-"""Kernels per chunk and layer, forward and backward, of both scans with equal chunk sizes, eager."""
+CHUNK_KERNELS = {
+    "mlp": {"joint": (241, 499), "generators": (197, 399), "memory": (154, 309)},
+    "linear": {"joint": (162, 290), "generators": (126, 207), "memory": (84, 153)},
+}
+"""Kernels per chunk and layer, forward and backward, eager: of all memories as one group (equal chunk sizes) or of each
+scan.
+
+Operators that a TorchDispatchMode sees in `memory.chunked.run`, per further chunk of 64 (of 32 and 64 for two scans),
+views, allocations and scalars left out; each counts as one kernel, a triangular solve or the gradient of a slice too.
+Chunks of 16 and 128 have 8 to 12% fewer and 5 to 7% more forward ones (levels of the triangular inverse); momentum has
+1.4 times as many. A test counts them again.
+"""
 
 LAYER_KERNELS = (60, 85)
 """Kernels per layer outside the memories, forward and backward."""
@@ -91,10 +101,14 @@ def launch_seconds(config: RunConfig) -> float:
     forward, backward = (count * (COMPILED_SHARE if whole else 1.0) for count in LAYER_KERNELS)
     kernels = forward * (2 if train.recompute else 1) + backward
     if model.arch == "hope":
-        chunk_forward, chunk_backward = CHUNK_KERNELS[model.memory.kind]
-        passes = 1 + train.recompute + (model.memory.save_every > 1)
-        chunks = train.context_length / (model.memory.chunk_size + model.memory.generator_chunk_size) * 2
+        memory = model.memory
+        passes = 1 + train.recompute + (memory.save_every > 1)
         share = 1.0 if train.compile == "none" else COMPILED_SHARE
-        kernels += chunks * share * (chunk_forward * passes + chunk_backward)
+        chunk_sizes = {"joint": memory.chunk_size}
+        if memory.chunk_size != memory.generator_chunk_size:
+            chunk_sizes = {"generators": memory.generator_chunk_size, "memory": memory.chunk_size}
+        for group, size in chunk_sizes.items():
+            chunk_forward, chunk_backward = CHUNK_KERNELS[memory.kind][group]
+            kernels += train.context_length / size * share * (chunk_forward * passes + chunk_backward)
     tokens = train.micro_batch_size * train.context_length
     return model.n_layers * kernels * LAUNCH_SECONDS / tokens

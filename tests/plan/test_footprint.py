@@ -10,8 +10,11 @@ import torch
 from hope_train.config.load import load_config
 from hope_train.config.tree import RunConfig
 from hope_train.levels.build import build_optimizer
+from hope_train.memory import chunked
+from hope_train.memory.rules import parameter_shapes
 from hope_train.model.hope import build_model
 from hope_train.plan.footprint import (
+    saved_memory_values,
     state_bytes_per_sequence,
     training_footprint,
 )
@@ -99,6 +102,56 @@ def test_activations_are_what_autograd_keeps(model, precision):
     """One layer's activations. If this fails, the model keeps other tensors than `footprint` counts: recount there."""
     config = run_config(train={"precision": precision}, **model)
     assert named(config, "activations") / 2 == pytest.approx(measured_activations(config), rel=0.06)
+
+
+def kept_by_the_memories(model, tokens):
+    """Numbers that autograd keeps of one layer's memories, two sequences of `tokens`, initial states left out."""
+    shapes = parameter_shapes(model.memory, model.n_heads, model.head_dim)
+    init = {name: (0.1 * torch.randn(shape)).requires_grad_() for name, shape in shapes.items()}
+    z = torch.randn(2, tokens, model.n_heads, model.head_dim, requires_grad=True)
+    q = None if model.memory.adaptive_q else torch.randn_like(z, requires_grad=True)
+    known = {weight.untyped_storage().data_ptr() for weight in init.values()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            seen[tensor.untyped_storage().data_ptr()] = tensor  # kept alive: no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        chunked.run(model.memory, z, q, init)
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values()) / 4
+
+
+@pytest.mark.parametrize("chunks", [(16, 16), (64, 64), (64, 16), (16, 32)], ids=str)
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"expansion": 3},
+        {"kind": "linear"},
+        {"clamp": None},
+        {"adaptive_q": True},
+        {"momentum": True},
+        {"kind": "linear", "adaptive_q": True},
+        {"kind": "linear", "momentum": True},
+        {"adaptive_q": True, "momentum": True},
+    ],
+    ids=str,
+)
+def test_memories_keep_what_is_counted(memory, chunks):
+    main, generators = chunks
+    memory = {**memory, "chunk_size": main, "generator_chunk_size": generators}
+    model = run_config(**HOPE | {"d_model": 48, "memory": memory}).model
+    per_token = (kept_by_the_memories(model, 256) - kept_by_the_memories(model, 128)) / 128 / 2 / model.n_heads
+    assert sum(saved_memory_values(model).values()) == pytest.approx(per_token, rel=0.02)
+
+
+@pytest.mark.parametrize("memory", [{"decay_to": "zero"}, {"rank_one": "w2"}, {"read": "start"}], ids=str)
+def test_other_memories_keep_no_more(memory):
+    model = run_config(**HOPE | {"memory": memory}).model
+    per_token = (kept_by_the_memories(model, 256) - kept_by_the_memories(model, 128)) / 128 / 2 / model.n_heads
+    assert sum(saved_memory_values(model).values()) >= per_token
 
 
 def test_inference_state_of_hope_is_constant_and_that_of_attention_grows():
