@@ -292,9 +292,8 @@ def test_bf16_autocast_keeps_the_memories_in_fp32() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "memory", [{}, {"kind": "linear"}, {"generator_chunk_size": 4, "adaptive_q": True}], ids=describe
-)
+@pytest.mark.timeout(1200)  # minutes of compiling, on a machine that may be busy
+@pytest.mark.parametrize("memory", [{}, {"kind": "linear", "generator_chunk_size": 4}], ids=describe)
 def test_compiled_memory_gives_the_same_loss_and_gradients(memory: dict[str, Any]) -> None:
     """Two whole chunks take compiled functions, the rest of the sequence the plain ones."""
     model = build_model(small_config(n_layers=1, memory=memory))

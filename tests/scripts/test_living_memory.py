@@ -161,7 +161,9 @@ def test_a_trained_model_needs_its_writes() -> None:
     held_out = [rows(text[cut:], np.arange(0, len(text) - cut - LENGTH - 1, LENGTH)[:96])]
     results = [worth_of_writes(train_on_bytes(text[:cut], seed, 120), held_out, horizons=[8]) for seed in range(3)]
     spread = statistics.stdev(loss for loss, _ in results)
-    assert statistics.mean(loss for loss, _ in results) < 2.5  # learned something: letters alone cost more
+    counts = np.bincount(text[:cut], minlength=256) + 1
+    letters = -np.log(counts / counts.sum())[held_out[0].targets].mean()
+    assert statistics.mean(loss for loss, _ in results) < letters - 0.3  # learned more than how frequent each byte is
     for _, (no_writes, short) in results:
         assert no_writes.difference > 10 * spread
         assert no_writes.difference > 10 * no_writes.standard_error
