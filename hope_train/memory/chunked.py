@@ -125,13 +125,23 @@ class _Loop:
         stacked = pieces.stack_init(config, self.init, boxes)
         theta = self.init.get("theta_logit")
         collected: list[Sequence[Tensor]] = []
-        for spans in self._batches(inputs[0].shape[2], chunk):
+        batches = self._batches(inputs[0].shape[2], chunk)
+        sizes = [last - first for spans in batches for first, last, _ in spans]
+        # Split once, not sliced per piece: the backward of a slice is a whole sequence of zeros, so quadratic in all.
+        pieces_of = dict(
+            zip(
+                (s for spans in batches for s in spans),
+                zip(*(x.split(sizes, 2) for x in inputs), strict=True),
+                strict=True,
+            )
+        )
+        for spans in batches:
 
             def batch(group: Group, spans: list[Span] = spans) -> tuple[list[Sequence[Tensor]], Group]:
                 results: list[Sequence[Tensor]] = []
                 for first, last, ends in spans:
                     function = kernel if last - first == chunk and torch.is_grad_enabled() else plain
-                    parts: list[Any] = [x[:, :, first:last] for x in inputs]
+                    parts: list[Any] = list(pieces_of[first, last, ends])
                     if joint:
                         parts = parts if len(parts) == 2 else [*parts, None]
                     elif group_number == 1:
