@@ -39,11 +39,12 @@ def run_dir(tokenizer: Tokenizer, tmp_path: Path) -> Path:
 def test_greedy_is_the_argmax_of_the_full_forward_at_each_step(arch: str) -> None:
     """Past several chunk boundaries of the memories, which stand at 8 and 16 tokens."""
     model = tiny_model(arch, VOCAB)
-    made = list(generate(model, PROMPT, max_tokens=40, temperature=0.0))
+    prompt = [1, 30, 11, 52, 7, 26, 19]  # an untrained Hope soon repeats itself; from here it does so late enough
+    made = list(generate(model, prompt, max_tokens=40, temperature=0.0))
     assert len(made) == 40
-    logits_TV = model(torch.tensor([PROMPT + made]))[0]
-    assert made == logits_TV[len(PROMPT) - 1 : -1].argmax(-1).tolist()
-    assert len(set(made)) >= 3  # not one token over and over, which would hide a state that does not move
+    logits_TV = model(torch.tensor([prompt + made]))[0]
+    assert made == logits_TV[len(prompt) - 1 : -1].argmax(-1).tolist()
+    assert len(set(made)) > 3  # not one token over and over, which would hide a state that does not move
 
 
 def test_a_long_prompt_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
