@@ -41,6 +41,7 @@ SECTIONS = {
     "optimizer": "Optimizer",
     "optimizer.schedule": "Learning-rate schedule",
     "train": "The loop",
+    "parallel": "Devices",
     "eval": "Evaluation",
     "checkpoint": "Checkpoints",
     "log": "Loggers",

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from hope_train.config.base import Section
 from hope_train.config.data import DataConfig
 from hope_train.config.model import ModelConfig
+from hope_train.config.parallel import ParallelConfig
 from hope_train.config.train import CheckpointConfig, EvalConfig, LogConfig, OptimizerConfig, TrainConfig
 
 
@@ -33,6 +34,9 @@ class RunConfig(Section):
 
     train: TrainConfig = TrainConfig()
     """The loop."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """The mesh of devices."""
 
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
