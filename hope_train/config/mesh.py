@@ -1,0 +1,138 @@
+"""The mesh of a run in numbers: resolved from the configuration and the world, and checked against the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hope_train.config.tree import RunConfig
+from hope_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """Ranks along each dimension. The last dimension varies fastest: tp ranks are neighbours."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+    @property
+    def dp(self) -> int:
+        """Ranks that train on different samples, whether their parameters are whole or sharded."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.pp * self.dp * self.tp
+
+    def __str__(self) -> str:
+        return f"pp {self.pp} x dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x tp {self.tp}"
+
+
+def resolve_mesh(config: RunConfig, world: int) -> MeshSizes:
+    """The mesh of `world` ranks that the configuration asks for, with everything that it divides checked.
+
+    Raises UserError, with the number to change, where the world, the model or the batch does not fit the mesh.
+    """
+    sizes = _sizes(config, world)
+    _check_tensor_parallel(config, sizes.tp)
+    _check_pipeline(config, sizes.pp)
+    _check_batch(config, sizes)
+    return sizes
+
+
+def parts_per_rank(config: RunConfig) -> int:
+    """Consecutive pipeline parts that a rank holds under the configured schedule."""
+    schedule = config.parallel.schedule
+    return {"interleaved_1f1b": config.parallel.stages_per_rank, "zbv": 2}.get(schedule, 1)
+
+
+def _sizes(config: RunConfig, world: int) -> MeshSizes:
+    parallel = config.parallel
+    fixed = parallel.pp * parallel.dp_shard * parallel.tp
+    product = f"parallel.pp*dp_shard*tp = {parallel.pp}*{parallel.dp_shard}*{parallel.tp} = {fixed}"
+    if parallel.dp_replicate == "auto":
+        if world % fixed:
+            raise UserError(
+                f"{_ranks(world)} cannot be divided by {product}: start a multiple of {fixed} processes, or make "
+                f"these a divisor of {world}"
+            )
+        return MeshSizes(parallel.pp, world // fixed, parallel.dp_shard, parallel.tp)
+    sizes = MeshSizes(parallel.pp, parallel.dp_replicate, parallel.dp_shard, parallel.tp)
+    if sizes.world != world:
+        raise UserError(
+            f"the mesh {sizes} has {_ranks(sizes.world)}, the job has {world}: start {sizes.world} processes, or say "
+            "parallel.dp_replicate=auto"
+        )
+    return sizes
+
+
+def _check_tensor_parallel(config: RunConfig, tp: int) -> None:
+    if tp == 1:
+        return
+    model = config.model
+    widths = {f"model.cms.levels[{place}].width": level.width for place, level in enumerate(model.cms.levels)}
+    if model.mlp_width is not None:
+        widths["model.mlp_width"] = model.mlp_width
+    for name, size in {"model.n_heads": model.n_heads, **widths}.items():
+        if size % tp:
+            raise UserError(f"{name}={size} cannot be divided among parallel.tp={tp} ranks: change one of them")
+    if model.arch == "hope" and not model.memory.in_proj:
+        raise UserError(
+            f"model.memory.in_proj=false slices the residual stream, which parallel.tp={tp} does not split: set "
+            "model.memory.in_proj=true, or parallel.tp=1"
+        )
+    share = -(-model.vocab_size // tp)
+    if share * (tp - 1) >= model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} leaves the last of parallel.tp={tp} ranks without a token: lower "
+            "parallel.tp"
+        )
+    length = config.train.context_length
+    if config.parallel.sequence_parallel and length % tp:
+        raise UserError(
+            f"train.context_length={length} cannot be divided among parallel.tp={tp} ranks: change one of them, or "
+            "set parallel.sequence_parallel=false"
+        )
+
+
+def _check_pipeline(config: RunConfig, pp: int) -> None:
+    if pp == 1:
+        return
+    layers, parallel = config.model.n_layers, config.parallel
+    parts = pp * parts_per_rank(config)
+    if parallel.layers_per_stage is not None:
+        wanted = list(parallel.layers_per_stage)
+        if len(wanted) != parts:
+            raise UserError(
+                f"parallel.layers_per_stage={wanted} names {len(wanted)} parts: parallel.pp={pp} with "
+                f"parallel.schedule={parallel.schedule} needs {parts}"
+            )
+        if sum(wanted) != layers:
+            raise UserError(
+                f"parallel.layers_per_stage={wanted} holds {sum(wanted)} layers, model.n_layers is {layers}: change "
+                "one of them"
+            )
+    elif parts > layers:
+        raise UserError(
+            f"model.n_layers={layers} cannot fill {parts} pipeline parts (parallel.pp={pp} with "
+            f"parallel.schedule={parallel.schedule}): lower parallel.pp, or take a schedule with one part per rank"
+        )
+
+
+def _check_batch(config: RunConfig, sizes: MeshSizes) -> None:
+    train = config.train
+    rows = train.batch_tokens // train.context_length
+    step = sizes.dp * train.micro_batch_size
+    if rows % step:
+        raise UserError(
+            f"train.batch_tokens={train.batch_tokens} is {rows} sequences, which {sizes.dp} data-parallel ranks cannot "
+            f"share in micro-batches of train.micro_batch_size={train.micro_batch_size}: make train.batch_tokens a "
+            f"multiple of {step * train.context_length}, or change train.micro_batch_size"
+        )
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"
