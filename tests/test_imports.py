@@ -38,6 +38,7 @@ FLOORS: dict[str, float] = {
     "hope_train.report": 1,
     "data_pipelines": 1,
     "hope_train.plan.stages": 0.8,
+    "hope_train.plan.gathering": 0.8,
     "hope_train.plan.flops": 0.7,
     "hope_train.plan.parameters": 0.6,
     "hope_train.config": 0.5,
