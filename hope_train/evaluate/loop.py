@@ -21,7 +21,7 @@ from hope_train.evaluate.protocols import (
     score_tokens,
     word_figures,
 )
-from hope_train.evaluate.scoring import Progress, Scorer, row_sums
+from hope_train.evaluate.scoring import ALL_MINE, Progress, Scorer, Shares, row_sums
 from hope_train.evaluate.sources import (
     ENVIRONMENT,
     held_out_text,
@@ -49,6 +49,7 @@ class Evaluator:
         context_length: int | None = None,
         splits: Sequence[str] | None = None,
         whole_test: bool = True,
+        shares: Shares = ALL_MINE,
     ) -> None:
         """Read the texts.
 
@@ -56,12 +57,13 @@ class Evaluator:
             context_length: tokens in a window. None: the training one.
             splits: which will be asked for. None: validation, and test where eval.test_at_end says so.
             whole_test: the test split is scored whole, whatever eval.pages says of the loop.
+            shares: of several processes, each scores some of the windows; all of them get the figures.
 
         Raises:
             UserError: the WikiText named cannot be read, or a protocol does not apply to this tokenizer.
         """
         self.config, self.tokenizer, self.device = config, tokenizer, torch.device(device)
-        self.whole_test = whole_test
+        self.whole_test, self.shares = whole_test, shares
         self.context_length = context_length or config.train.context_length
         if self.context_length < 2:
             raise UserError(f"context_length={self.context_length}: a window has at least 2 tokens")
@@ -157,6 +159,7 @@ class Evaluator:
             precision=self.config.train.precision,
             batch_size=self.config.eval.batch_size,
             chunk=self.config.train.loss_chunk,
+            shares=self.shares,
         )
 
     def used(self, text: Text) -> tuple[Page, ...]:
@@ -232,7 +235,8 @@ class Evaluator:
 
 
 def validation_sums(scorer: Scorer, batches: Iterable[Batch]) -> tuple[float, int]:
-    """(sum of negative log-likelihoods in nats, tokens scored) over batches; a rank's share may be empty."""
+    """(sum of negative log-likelihoods in nats, tokens scored) over batches. With several processes each brings its own
+    part of every batch, which may be empty."""
     nlls: list[float] = []
     count = 0
     with scorer.running():
@@ -242,9 +246,12 @@ def validation_sums(scorer: Scorer, batches: Iterable[Batch]) -> tuple[float, in
             tokens_BT, targets_BT = _tensor(batch.tokens, scorer), _tensor(batch.targets, scorer)
             starts_BT = None if batch.starts is None else _tensor(batch.starts, scorer)
             x_BTD = scorer.model.hidden(tokens_BT, starts_BT)
-            nlls += row_sums(x_BTD, scorer.model.head_weight_VD, targets_BT, scorer.chunk).tolist()
+            nlls += row_sums(
+                x_BTD, scorer.model.head_weight_VD, targets_BT, scorer.chunk, scorer.model.vocabulary
+            ).tolist()
             count += int((targets_BT >= 0).sum())
-    return math.fsum(nlls), count
+    nll, scored = scorer.shares.join([math.fsum(nlls), float(count)])
+    return nll, int(scored)
 
 
 def validation_loss(model: HopeModel, batches: Iterable[Batch], device: torch.device | str, precision: str) -> float:

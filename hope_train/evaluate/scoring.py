@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hope_train.model.hope import HopeModel
-from hope_train.model.loss import IGNORED
+from hope_train.model.loss import IGNORED, WHOLE_VOCABULARY, Vocabulary, logits_nll
 
 Progress = Callable[[int, int], None]
 """Called with (tokens scored so far, tokens to score)."""
@@ -29,6 +29,19 @@ class Window:
     """int64 [inputs + 1]."""
 
     scored: int
+
+
+class Shares:
+    """Which part of the windows this process scores. Here: all of them."""
+
+    rank, ranks = 0, 1
+
+    def join(self, values: list[float]) -> list[float]:
+        """The sum over the processes, entry by entry; each entry is zero in all processes but one."""
+        return values
+
+
+ALL_MINE = Shares()
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,9 @@ class Scorer:
 
     chunk: int = 1024
     """Scored positions whose logits exist at a time."""
+
+    shares: Shares = ALL_MINE
+    """Windows are dealt out to several processes, and every process gets all results."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -76,15 +92,17 @@ class Scorer:
             for first in range(0, len(order), self.batch_size):
                 numbers = order[first : first + self.batch_size]
                 batch = [windows[number] for number in numbers]
+                done += sum(window.scored for window in batch)
+                if first // self.batch_size % self.shares.ranks != self.shares.rank:
+                    continue
                 inputs_BT, targets_BT = self._pad(batch)
                 x_BTD = self.model.hidden(inputs_BT)
-                nll_B = row_sums(x_BTD, self.model.head_weight_VD, targets_BT, self.chunk)
+                nll_B = row_sums(x_BTD, self.model.head_weight_VD, targets_BT, self.chunk, self.model.vocabulary)
                 for number, nll in zip(numbers, nll_B.tolist(), strict=True):
                     results[number] = nll
-                done += sum(window.scored for window in batch)
                 if progress is not None:
                     progress(done, total)
-        return results
+        return self.shares.join(results)
 
     def streams(self, streams: Sequence[np.ndarray], length: int, progress: Progress | None = None) -> list[float]:
         """As `windows`, for whole streams of tokens (int64 [tokens], the first one is not scored) read through `step`.
@@ -96,9 +114,13 @@ class Scorer:
         results = [0.0] * len(streams)
         total, done = sum(max(0, len(stream) - 1) for stream in streams), 0
         with self.running():
-            for numbers in _of_like_length([len(stream) for stream in streams], order, self.batch_size):
+            groups = _of_like_length([len(stream) for stream in streams], order, self.batch_size)
+            for place, numbers in enumerate(groups):
                 batch = [Window(n, streams[n], len(streams[n]) - 1) for n in numbers if len(streams[n]) > 1]
                 if not batch:
+                    continue
+                if place % self.shares.ranks != self.shares.rank:
+                    done += sum(window.scored for window in batch)
                     continue
                 inputs_BT, targets_BT = self._pad(batch)
                 sums_B = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
@@ -109,14 +131,14 @@ class Scorer:
                     logits_BTV, state = self.model.step(inputs_BT[:, start : start + stride], state)
                     target_BT = targets_BT[:, start : start + stride]
                     scored_BT = target_BT != IGNORED
-                    nll_BT = _nll(logits_BTV, target_BT.where(scored_BT, 0)).where(scored_BT, 0)
+                    nll_BT = logits_nll(logits_BTV, target_BT.where(scored_BT, 0)).where(scored_BT, 0)
                     sums_B += nll_BT.double().sum(1)
                     done += int(scored_BT.sum())
                     if progress is not None:
                         progress(done, total)
                 for window, nll in zip(batch, sums_B.tolist(), strict=True):
                     results[window.owner] = nll
-        return results
+        return self.shares.join(results)
 
     def _pad(self, batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
         """Inputs [B, T] and targets [B, T], -100 where nothing is scored."""
@@ -130,28 +152,12 @@ class Scorer:
         return torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
 
 
-def token_nll(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk: int = 1024) -> Tensor:
-    """-log softmax(x W^T)[target] of each row, [M] in fp32 (float64 for float64 inputs); every target is scored.
-
-    At most `chunk` rows of logits exist at a time. Under autocast the products are in its dtype, the softmax is not.
-    """
-    parts = [
-        _nll(torch.nn.functional.linear(x_MD[first : first + chunk], weight_VD), target_M[first : first + chunk])
-        for first in range(0, x_MD.shape[0], chunk)
-    ]
-    return torch.cat(parts) if parts else x_MD.new_zeros(0)
-
-
-def _nll(logits: Tensor, target: Tensor) -> Tensor:
-    """[..., V] and [...] -> [...]."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.logsumexp(-1) - logits.gather(-1, target[..., None])[..., 0]
-
-
-def row_sums(x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, chunk: int) -> Tensor:
+def row_sums(
+    x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, chunk: int, vocabulary: Vocabulary = WHOLE_VOCABULARY
+) -> Tensor:
     """Sum over each row's scored positions, [B] in float64."""
     scored_BT = targets_BT != IGNORED
-    nll_M = token_nll(x_BTD[scored_BT], weight_VD, targets_BT[scored_BT], chunk)
+    nll_M = vocabulary.nll(x_BTD[scored_BT], weight_VD, targets_BT[scored_BT], chunk)
     nll_BT = torch.zeros(targets_BT.shape, dtype=torch.float64, device=x_BTD.device)
     nll_BT[scored_BT] = nll_M.double()
     return nll_BT.sum(1)

@@ -19,7 +19,7 @@ from hope_train.config.model import ModelConfig
 from hope_train.model.attention import Attention
 from hope_train.model.cms import CMS
 from hope_train.model.layers import SwiGLU
-from hope_train.model.loss import IGNORED, chunked_cross_entropy
+from hope_train.model.loss import IGNORED, WHOLE_VOCABULARY
 from hope_train.model.self_modifying import SelfModifyingTitans
 
 
@@ -70,6 +70,7 @@ class HopeModel(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
+        self.vocabulary = WHOLE_VOCABULARY
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleDict({str(number): Block(config) for number in range(config.n_layers)})
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -99,7 +100,7 @@ class HopeModel(nn.Module):
     def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Token numbers [B, T] -> logits [B, T, V]. `starts_BT` (bool) marks first tokens of documents: memory resets
         there."""
-        return nn.functional.linear(self.hidden(tokens_BT, starts_BT), self.head_weight_VD)
+        return self.vocabulary.logits(self.hidden(tokens_BT, starts_BT), self.head_weight_VD)
 
     def loss(
         self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None, chunk: int = 1024
@@ -107,7 +108,7 @@ class HopeModel(nn.Module):
         """(sum of negative log-likelihoods in nats, number of scored targets), both 0-d. Targets of -100 are not
         scored."""
         x_BTD = self.hidden(tokens_BT, starts_BT)
-        total = chunked_cross_entropy(x_BTD, self.head_weight_VD, targets_BT, chunk)
+        total = self.vocabulary.sum_nll(x_BTD, self.head_weight_VD, targets_BT, chunk)
         return total, (targets_BT != IGNORED).sum()
 
     def initial_state(self, batch: int) -> ModelState:
@@ -127,7 +128,7 @@ class HopeModel(nn.Module):
         after: dict[str, Any] = {}
         for name, block in self.named_blocks():
             x_BTD, after[name] = block.step(x_BTD, state.blocks[name], starts_BT)
-        return nn.functional.linear(self.norm(x_BTD), self.head_weight_VD), ModelState(after)
+        return self.vocabulary.logits(self.norm(x_BTD), self.head_weight_VD), ModelState(after)
 
     def compile_memory(self, budget: float = 1.0) -> None:
         """Run the memories' chunk functions through torch.compile (no effect on attention). See `memory.compiled`."""
@@ -151,6 +152,12 @@ class HopeModel(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill every parameter from `seed`, in the order of their names, whatever device they live on."""
+        parameters = dict(self.named_parameters())
+        for name, values in self.initial_values(seed):
+            parameters[name].copy_(values)
+
+    def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """Name and initial value (fp32, on the CPU) of each parameter, one at a time; the weights may be on `meta`."""
         generator = torch.Generator().manual_seed(seed)
         residual = 1.0 / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
@@ -168,7 +175,7 @@ class HopeModel(nn.Module):
                 elif name.endswith(("out_proj.weight", "down.weight")):
                     std *= residual
                 values.normal_(0.0, std, generator=generator)
-            parameter.copy_(values)
+            yield name, values
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> HopeModel:

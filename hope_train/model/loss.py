@@ -64,3 +64,41 @@ def chunked_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, target_BT: Tensor, c
     """
     total: Tensor = _ChunkedCrossEntropy.apply(x_BTD.flatten(0, 1), weight_VD, target_BT.flatten(), chunk)
     return total
+
+
+def token_nll(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk: int = 1024) -> Tensor:
+    """-log softmax(x W^T)[target] of each row, [M] in fp32 (float64 for float64 inputs); every target is scored.
+
+    At most `chunk` rows of logits exist at a time. Under autocast the products are in its dtype, the softmax is not.
+    """
+    parts = [
+        logits_nll(torch.nn.functional.linear(x_MD[first : first + chunk], weight_VD), target_M[first : first + chunk])
+        for first in range(0, x_MD.shape[0], chunk)
+    ]
+    return torch.cat(parts) if parts else x_MD.new_zeros(0)
+
+
+def logits_nll(logits: Tensor, target: Tensor) -> Tensor:
+    """-log softmax(logits)[target]: [..., V] and [...] -> [...], in fp32 at least."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.logsumexp(-1) - logits.gather(-1, target[..., None])[..., 0]
+
+
+class Vocabulary:
+    """What is done with hidden states and the output matrix. Here the matrix is whole; where it is not, a subclass
+    that knows the other parts takes this one's place in the model."""
+
+    def logits(self, x: Tensor, weight_VD: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        return torch.nn.functional.linear(x, weight_VD)
+
+    def sum_nll(self, x_BTD: Tensor, weight_VD: Tensor, target_BT: Tensor, chunk: int) -> Tensor:
+        """`chunked_cross_entropy`."""
+        return chunked_cross_entropy(x_BTD, weight_VD, target_BT, chunk)
+
+    def nll(self, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk: int) -> Tensor:
+        """`token_nll`."""
+        return token_nll(x_MD, weight_VD, target_M, chunk)
+
+
+WHOLE_VOCABULARY = Vocabulary()

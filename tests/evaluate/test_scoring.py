@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hope_train.evaluate.protocols import rolling_windows
-from hope_train.evaluate.scoring import Window, token_nll
+from hope_train.evaluate.scoring import Window
 from hope_train.model.hope import HopeModel
+from hope_train.model.loss import token_nll
 from tests.evaluate.tiny import ARCHS, scorer, tiny_model
 
 VOCAB = 50
