@@ -92,8 +92,12 @@ def planned_runs(
     seeds: Sequence[int],
     lr_power: float,
     overrides: Sequence[str],
+    twin_overrides: Sequence[str] = (),
 ) -> list[Run]:
-    """All runs, seed by seed, so that an unfinished set has whole comparisons."""
+    """All runs, seed by seed, so that an unfinished set has whole comparisons.
+
+    `twin_overrides` come last in the twin's runs: it may need another learning rate.
+    """
     settings = load_config(config, overrides)
     variants = {"/".join(map(str, each)): each for each in (periods, [1] * len(periods))}
     levels = {name: with_periods(settings, each, lr_power) for name, each in variants.items()}
@@ -102,7 +106,7 @@ def planned_runs(
         runs += [Run(name, seed, config, (*overrides, value)) for name, value in levels.items()]
         if twin is not None:
             # The compiler of the memories has nothing to do in a model without.
-            runs.append(Run(TWIN, seed, twin, (*overrides, "train.compile=none")))
+            runs.append(Run(TWIN, seed, twin, (*overrides, "train.compile=none", *twin_overrides)))
     return runs
 
 
@@ -212,13 +216,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("config", help="a configuration with CMS levels")
     parser.add_argument("overrides", nargs="*", help="key=value, for all runs")
     parser.add_argument("--twin", help="the configuration to compare with")
+    parser.add_argument("--twin-overrides", nargs="+", default=[], help="key=value, for the twin besides")
     parser.add_argument("--periods", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr-power", type=float, default=0.25, help="lr_scale = period^this (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
     chosen = parser.parse_intermixed_args(arguments)
     try:
-        runs = planned_runs(chosen.config, chosen.twin, chosen.periods, chosen.seeds, chosen.lr_power, chosen.overrides)
+        sizes = chosen.periods, chosen.seeds, chosen.lr_power
+        runs = planned_runs(chosen.config, chosen.twin, *sizes, chosen.overrides, chosen.twin_overrides)
         chosen.out.mkdir(parents=True, exist_ok=True)
         finished = {(row["variant"], row["seed"]) for row in read_results(chosen.out)}
         for run in runs:

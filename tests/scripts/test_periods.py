@@ -51,7 +51,15 @@ def test_only_periods_and_learning_rates_change(config: Path) -> None:
 def test_the_runs_share_all_but_model_and_seed(config: Path, tmp_path: Path) -> None:
     twin = tmp_path / "twin.yaml"
     twin.write_text(f"base: {config}\nmodel: {{arch: transformer_pp, mlp_width: 48, cms: {{levels: []}}}}\n")
-    runs = planned_runs(str(config), str(twin), [1, 2, 8], [0, 5], 0.0, ["train.compile=memory", "optimizer.lr=0.02"])
+    runs = planned_runs(
+        str(config),
+        str(twin),
+        [1, 2, 8],
+        [0, 5],
+        0.0,
+        ["train.compile=memory", "optimizer.lr=0.02"],
+        ["train.clip_norm=2"],
+    )
     assert [run.name for run in runs] == [
         *("1-2-8-seed0", "1-1-1-seed0", "twin-seed0", "1-2-8-seed5", "1-1-1-seed5", "twin-seed5"),
     ]
@@ -59,6 +67,7 @@ def test_the_runs_share_all_but_model_and_seed(config: Path, tmp_path: Path) -> 
     assert [each.seed for each in configs] == [0, 0, 0, 5, 5, 5]
     assert {each.train.tokens for each in configs} == {9 * 128}
     assert {each.optimizer.lr for each in configs} == {0.02}
+    assert [each.train.clip_norm for each in configs[:3]] == [1.0, 1.0, 2.0]
     assert [each.train.compile for each in configs[:3]] == ["memory", "memory", "none"]
     assert [len(each.model.cms.levels) for each in configs[:3]] == [3, 3, 0]
     assert [level.period for level in configs[0].model.cms.levels] == [1, 2, 8]
