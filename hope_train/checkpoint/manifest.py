@@ -2,7 +2,8 @@
 
 The manifest is written last and carries a hash of itself, so that a folder is either whole or known not to be. Each
 shard set (`core`, `level_0`, …) says where its files lie, relative to the folder of all checkpoints: a set that has not
-changed may stay in an older checkpoint and be referred to.
+changed stays in an older checkpoint and is referred to. Of a checkpoint that is no longer kept, the sets that are
+still referred to remain, in a folder whose manifest is called `trimmed.json`: it is no checkpoint any more.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,12 +20,17 @@ from typing import Any
 
 from hope_train.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 had what a level collects inside the level's own set; all else is the same."""
+
 MANIFEST = "manifest.json"
+TRIMMED = "trimmed.json"
 TRAINER = "trainer.json"
 CHECKPOINTS = "checkpoints"
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = re.compile(r"step_\d{8,}\.tmp-.+")
+_SUPERSEDED = re.compile(r"step_\d{8,}\.superseded-.+")
 
 
 class DamagedCheckpointError(UserError):
@@ -48,6 +54,14 @@ class ShardSet:
 
     files: dict[str, FileRecord]
     """By name in that folder."""
+
+    updates: int | None = None
+    """Updates that the level had taken; None where that does not tell whether the set has changed since."""
+
+    @property
+    def step(self) -> int | None:
+        """The step of the checkpoint that wrote it: at most the step of the manifest that names it."""
+        return step_of(Path(PurePosixPath(self.path).parts[0]))
 
 
 @dataclass(frozen=True)
@@ -79,7 +93,7 @@ class Manifest:
     """Figures for people: the last training loss, the last and best validation figures."""
 
     sets: dict[str, ShardSet]
-    """`core`, `level_0`, …"""
+    """`core`, `level_0`, …; `level_2_accumulator` for a level in mid-period."""
 
     files: dict[str, FileRecord] = field(default_factory=dict)
     """Other files in the checkpoint's own folder."""
@@ -95,8 +109,9 @@ class Manifest:
 
     def set_folder(self, folder: Path, name: str) -> Path:
         """Where the files of a set lie, for the checkpoint in `folder`, whatever that folder is called now."""
-        first, *rest = PurePosixPath(self.sets[name].path).parts
-        base = folder if first == self.name else folder.parent / first
+        part = self.sets[name]
+        first, *rest = PurePosixPath(part.path).parts
+        base = folder if first == self.name else _home(folder.parent / first, part)
         return base.joinpath(*rest)
 
     def to_json(self) -> str:
@@ -131,61 +146,127 @@ def list_unfinished(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.iterdir() if _TEMPORARY.fullmatch(path.name))
 
 
+def list_superseded(checkpoints: Path) -> list[Path]:
+    """Checkpoints, and what remains of them, of continuations that were given up."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(path for path in checkpoints.iterdir() if _SUPERSEDED.fullmatch(path.name) and path.is_dir())
+
+
+def is_trimmed(folder: Path) -> bool:
+    """Whether a folder is what remains of a checkpoint: sets that others refer to."""
+    return (folder / TRIMMED).is_file() and not (folder / MANIFEST).is_file()
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the checkpoint in `folder`; files are not looked at. Raises DamagedCheckpointError, UserError."""
-    path = folder / MANIFEST
+    if is_trimmed(folder):
+        raise DamagedCheckpointError(
+            f"checkpoint {folder} was given up: only what other checkpoints refer to is left of it ({TRIMMED})"
+        )
+    return _read(folder, MANIFEST)
+
+
+def read_trimmed(folder: Path) -> Manifest:
+    """What the manifest of a trimmed folder was. Raises DamagedCheckpointError, UserError."""
+    return _read(folder, TRIMMED)
+
+
+def _read(folder: Path, file: str) -> Manifest:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads((folder / file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DamagedCheckpointError(f"checkpoint {folder} has no {MANIFEST}: it is not whole") from None
+        raise DamagedCheckpointError(f"checkpoint {folder} has no {file}: it is not whole") from None
     except OSError as error:
-        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} cannot be read: {error.strerror}") from None
+        raise DamagedCheckpointError(f"checkpoint {folder}: {file} cannot be read: {error.strerror}") from None
     except ValueError:  # not UTF-8, or not JSON
-        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged: it is not JSON") from None
+        raise DamagedCheckpointError(f"checkpoint {folder}: {file} is damaged: it is not JSON") from None
     if not isinstance(tree, dict) or tree.pop("sha256", None) != _digest(tree):
-        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is damaged: it does not have its own sha256")
+        raise DamagedCheckpointError(f"checkpoint {folder}: {file} is damaged: it does not have its own sha256")
     version = tree.pop("format", None)
-    if version != FORMAT:
-        raise UserError(f"checkpoint {folder} has format {version}, this version of hope-train reads {FORMAT}")
+    if version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise UserError(f"checkpoint {folder} has format {version}, this version of hope-train reads {known}")
     try:
-        sets = {name: ShardSet(part["path"], _records(part["files"])) for name, part in tree.pop("sets").items()}
+        sets = {
+            name: ShardSet(part["path"], _records(part["files"]), part.get("updates"))
+            for name, part in tree.pop("sets").items()
+        }
         manifest = Manifest(**{**tree, "sets": sets, "files": _records(tree["files"])})
     except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} is incomplete: {error}") from None
+        raise DamagedCheckpointError(f"checkpoint {folder}: {file} is incomplete: {error}") from None
     for part in sets.values():
         place = PurePosixPath(part.path)
         names = [place, *map(PurePosixPath, part.files)]
         if any(name.is_absolute() or ".." in name.parts or not name.parts for name in names):
-            raise DamagedCheckpointError(f"checkpoint {folder}: {MANIFEST} leads out of the checkpoints' folder")
+            raise DamagedCheckpointError(f"checkpoint {folder}: {file} leads out of the checkpoints' folder")
     return manifest
 
 
+def _home(plain: Path, part: ShardSet) -> Path:
+    """The folder called `plain` when a set was written into it. It may have been set aside since, and the step of that
+    name have been written anew by another continuation: what each says that it holds tells which of them it is.
+    """
+    aside = [path for path in plain.parent.glob(f"{plain.name}.superseded-*") if path.is_dir()]
+    for folder in (plain, *sorted(aside)) if aside else ():
+        try:
+            held = read_trimmed(folder) if is_trimmed(folder) else read_manifest(folder)
+        except UserError:
+            continue
+        if any(other.path == part.path and other.files == part.files for other in held.sets.values()):
+            return folder
+    return plain
+
+
+def wanted_files(folder: Path, manifest: Manifest) -> dict[Path, FileRecord]:
+    """Every file that a checkpoint consists of, with what it was when it was written."""
+    wanted = {folder / name: record for name, record in manifest.files.items()}
+    for set_name, part in manifest.sets.items():
+        place = manifest.set_folder(folder, set_name)
+        wanted |= {place / name: record for name, record in part.files.items()}
+    return wanted
+
+
+def problems(folder: Path, manifest: Manifest, known: dict[Path, str] | None = None) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint, a line for each that is not as it was written.
+
+    Sizes come first: they cost nothing, and a truncated file should not wait for gigabytes of others to be hashed.
+
+    known: digests of files hashed before (by path), which are used and added to; None: hash them all.
+    """
+    known = {} if known is None else known
+    whole: dict[Path, FileRecord] = {}
+    for path, record in wanted_files(folder, manifest).items():
+        reason = size_problem(path, record)
+        if reason is None:
+            whole[path] = record
+        else:
+            elsewhere = "" if path.is_relative_to(folder) else ", which this checkpoint refers to"
+            yield f"checkpoint {folder}: {_shown(path, folder)} {reason}{elsewhere}"
+    fresh = [path for path in whole if path not in known]
+    known |= zip(fresh, _hashes(folder, fresh), strict=True)
+    for path, record in whole.items():
+        if known[path] != record.sha256:
+            yield f"checkpoint {folder}: {_shown(path, folder)} does not have the sha256 of the manifest"
+
+
+def size_problem(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file as far as its size tells, or None."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+    return None if size == record.bytes else f"has {size} bytes instead of {record.bytes}"
+
+
 def verify(folder: Path) -> Manifest:
-    """Read the manifest and compare every file with it, contents and all.
+    """Read the manifest and compare every file with it, contents and all, those it refers to in other folders too.
 
     Raises DamagedCheckpointError naming the first file that is missing or not as it was written.
     """
     manifest = read_manifest(folder)
-    wanted = [(folder / name, record) for name, record in manifest.files.items()]
-    for set_name, part in manifest.sets.items():
-        place = manifest.set_folder(folder, set_name)
-        wanted += [(place / name, record) for name, record in part.files.items()]
-    # Sizes first: they cost nothing, and a truncated file should not wait for gigabytes of others to be hashed.
-    for path, record in wanted:
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-            raise DamagedCheckpointError(f"checkpoint {folder}: {_shown(path, folder)} {reason}") from None
-        if size != record.bytes:
-            raise DamagedCheckpointError(
-                f"checkpoint {folder}: {_shown(path, folder)} has {size} bytes instead of {record.bytes}"
-            )
-    for (path, record), digest in zip(wanted, _hashes(folder, [path for path, _ in wanted]), strict=True):
-        if digest != record.sha256:
-            raise DamagedCheckpointError(
-                f"checkpoint {folder}: {_shown(path, folder)} does not have the sha256 of the manifest"
-            )
+    for problem in problems(folder, manifest):
+        raise DamagedCheckpointError(problem)
     return manifest
 
 

@@ -19,7 +19,16 @@ from hope_train.checkpoint.manifest import (
     step_of,
     verify,
 )
-from hope_train.checkpoint.tensors import OPTIMIZER, State, entries, load_set, model_state
+from hope_train.checkpoint.sets import accumulator_set, is_accumulator_set
+from hope_train.checkpoint.tensors import (
+    OPTIMIZER,
+    TOKENS,
+    State,
+    entries,
+    load_set,
+    model_state,
+    split_accumulators,
+)
 from hope_train.config.load import apply_override, validate
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
@@ -77,12 +86,18 @@ def check_state(folder: Path, manifest: Manifest, state: State) -> None:
     """
     # The values are loaded in place and a shape that broadcasts would go unnoticed, so everything is compared here.
     where = f"checkpoint {folder} is of another model"
-    mine, theirs = sorted(state), sorted(manifest.sets)
+    mine, theirs = sorted(state), sorted(name for name in manifest.sets if not is_accumulator_set(name))
     if mine != theirs:
         raise UserError(f"{where}: it has the sets {', '.join(theirs)}, this model has {', '.join(mine)}")
     for set_name, tensors in state.items():
-        saved = entries(manifest.set_folder(folder, set_name))
+        held = [name for name in (set_name, accumulator_set(set_name)) if name in manifest.sets]
+        saved = {name: kind for part in held for name, kind in entries(manifest.set_folder(folder, part)).items()}
+        nothing_collected = split_accumulators({set_name: tensors}).get(accumulator_set(set_name), {})
+        if len(held) > 1 or TOKENS in saved:
+            nothing_collected = {}
         for name, tensor in tensors.items():
+            if name in nothing_collected:
+                continue
             if name not in saved:
                 raise UserError(f"{where}: {name} is not in it")
             shape, dtype = saved[name]
@@ -99,7 +114,19 @@ def load_state(folder: Path, manifest: Manifest, state: State, group: Any = None
     """Read a verified checkpoint into the live tensors of `state`, in place. Raises what `check_state` raises."""
     check_state(folder, manifest, state)
     for set_name, tensors in state.items():
-        load_set(manifest.set_folder(folder, set_name), tensors, group)
+        place, wanted = manifest.set_folder(folder, set_name), tensors
+        parts = split_accumulators({set_name: tensors})
+        collected = parts.get(accumulator_set(set_name))
+        # Format 1 has what a level collects in the level's own set.
+        if collected and TOKENS not in entries(place):
+            wanted = parts[set_name]
+            if accumulator_set(set_name) in manifest.sets:
+                load_set(manifest.set_folder(folder, accumulator_set(set_name)), collected, group)
+            else:  # at the end of a period nothing has been collected
+                with torch.no_grad():
+                    for tensor in collected.values():
+                        tensor.zero_()
+        load_set(place, wanted, group)
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 
+from hope_train.checkpoint.sets import CORE, Contents, accumulator_set, contents
 from hope_train.errors import UserError
 from hope_train.levels.optimizer import LevelOptimizer
 from hope_train.levels.schedule import canonical_name, level_of, set_name
@@ -22,6 +23,8 @@ State = dict[str, dict[str, Tensor]]
 """By shard set and name: parameters under the unsharded model's names, the optimizer's state as `optimizer.…`."""
 
 OPTIMIZER = "optimizer."
+UPDATES, TOKENS = "optimizer.updates", "optimizer.tokens"
+_COLLECTED = ("optimizer.accumulator.", TOKENS)
 
 # One process without a group is a normal case here, and the library remarks on it at every call.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -44,10 +47,79 @@ def training_state(model: nn.Module, optimizer: LevelOptimizer) -> State:
     return state
 
 
-def snapshot(state: State) -> State:
-    """A copy in host memory, which later steps do not touch."""
-    copied: State = BlockingAsyncStager(cache_staged_state_dict=False).stage(dict(state))
-    return copied
+def split_accumulators(state: State) -> State:
+    """The same tensors by the sets that are written: what a level collects (`level_1_accumulator`) apart from the
+    rest of it. The core keeps its own.
+    """
+    parts: State = {}
+    for name, tensors in state.items():
+        collected = {key: tensor for key, tensor in tensors.items() if name != CORE and key.startswith(_COLLECTED)}
+        parts[name] = {key: tensor for key, tensor in tensors.items() if key not in collected}
+        if collected:
+            parts[accumulator_set(name)] = collected
+    return parts
+
+
+def contents_of(state: State) -> Contents:
+    """Which sets a checkpoint of this state consists of, with their updates: see `sets.contents`."""
+    return contents(
+        {name: counter(part, UPDATES) for name, part in state.items()},
+        {name: counter(part, TOKENS) or 0 for name, part in state.items()},
+    )
+
+
+def counter(part: Mapping[str, Tensor], name: str) -> int | None:
+    """An integer of a set; None where it has none."""
+    if name not in part:
+        return None
+    # Counters are the same on every rank, so no rank asks another.
+    value = part[name]
+    return int(value.to_local() if isinstance(value, DTensor) else value)
+
+
+class Staging:
+    """Host memory that a state is copied into, so that it can be written while training goes on.
+
+    It is allocated once and used for every save: filling fresh memory takes several times as long as filling memory
+    that the process has touched before. Page-locked where the state is on a GPU.
+    """
+
+    def __init__(self) -> None:
+        """Holds nothing until the first copy."""
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    def copy(self, parts: State) -> State:
+        """A copy of these sets, which later steps do not touch. It is good until the next call."""
+        copied = {
+            name: {key: self._copy(name, key, tensor) for key, tensor in part.items()} for name, part in parts.items()
+        }
+        if any(tensor.is_cuda for part in parts.values() for tensor in part.values()):
+            torch.cuda.synchronize()
+        return copied
+
+    def _copy(self, name: str, key: str, tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get((name, key))
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            # `to` copies a DTensor as well, with its placement; what is kept of it is its local part.
+            buffer = tensor.detach().to("cpu", copy=True)
+            if tensor.is_cuda and buffer.numel():
+                buffer = _pinned(buffer)
+            self._buffers[name, key] = buffer
+            return buffer
+        _local(buffer).copy_(_local(tensor.detach()), non_blocking=True)
+        return buffer
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        if tensor._local_tensor.numel():
+            tensor._local_tensor = tensor._local_tensor.pin_memory()
+        return tensor
+    return tensor.pin_memory()
 
 
 def save_set(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:

@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,17 +24,27 @@ from hope_train.checkpoint.manifest import (
     TRAINER,
     Manifest,
     ShardSet,
+    is_trimmed,
     list_checkpoints,
-    list_unfinished,
-    read_manifest,
     record_file,
     record_files,
+    size_problem,
     step_name,
     step_of,
     sync_folders,
 )
-from hope_train.checkpoint.tensors import State, distributed, save_set, snapshot
-from hope_train.errors import UserError
+from hope_train.checkpoint.retention import removals, remove, remove_unfinished
+from hope_train.checkpoint.sets import Contents, plan_save
+from hope_train.checkpoint.tensors import (
+    UPDATES,
+    Staging,
+    State,
+    contents_of,
+    counter,
+    distributed,
+    save_set,
+    split_accumulators,
+)
 
 
 class SaveError(Exception):
@@ -69,18 +79,37 @@ class CheckpointWriter:
         keep_every: int = 0,
         async_save: bool = False,
         tell: Callable[[str], None] = print,
+        levels: Literal["own", "all"] = "own",
     ) -> None:
-        """`tell` takes one line for the user; it may be called from the writing thread."""
+        """`levels`: write a level only if it has taken an update since it was last written (`own`), or at every save
+        (`all`). `tell` takes one line for the user; it may be called from the writing thread.
+        """
         self.fence = fence
         self.checkpoints = fence.run_dir / CHECKPOINTS
         self.keep_last, self.keep_every, self.async_save, self.tell = keep_last, keep_every, async_save, tell
+        self.levels = levels
         self.last: Path | None = None
         self.last_step: int | None = None
+        self._base: Manifest | None = None
+        self._staging = Staging()
         # A group of its own: the writing thread's messages must not mix with the training's.
         self.group = dist.new_group(backend="gloo") if distributed() else None
         self.rank = dist.get_rank() if distributed() else 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def go_on_from(self, folder: Path, manifest: Manifest) -> None:
+        """The live state is that of this verified checkpoint. If it is one of this run's own, levels that have not
+        changed by the next save are referred to there.
+        """
+        if folder.resolve() in [own.resolve() for own in list_checkpoints(self.checkpoints)]:
+            self.last, self.last_step, self._base = folder, manifest.step, manifest
+
+    def reserve(self, state: State) -> None:
+        """Allocate the host memory that saves in the background copy into, so that the first of them blocks no longer
+        than the others, and memory that does not suffice is noticed at the start.
+        """
+        self._staging.copy(split_accumulators(state))
 
     def save(self, state: State, facts: Facts, wait: bool = True, prune: bool = True) -> None:
         """Write a checkpoint. One save is under way at a time: an earlier one is waited for first.
@@ -93,14 +122,15 @@ class CheckpointWriter:
             FencedError: the run belongs to another process now.
         """
         self.finish()
+        parts, refer = self._plan(state)
         if not self.async_save or wait:
-            self._save(state, facts, prune)
+            self._save(parts, refer, facts, prune)
             return
         self.fence.check()
-        copied = snapshot(state)
+        copied = self._staging.copy(parts)
         # A daemon: an abort is not held up by a write that nobody will see.
         self._thread = threading.Thread(
-            target=self._save_quietly, args=(copied, facts, prune), name="checkpoint", daemon=True
+            target=self._save_quietly, args=(copied, refer, facts, prune), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -121,31 +151,56 @@ class CheckpointWriter:
     def remove_unfinished(self) -> None:
         """Delete what earlier incarnations left half written (or half deleted). Raises FencedError."""
         with self.fence.held():
-            for folder in list_unfinished(self.checkpoints):
+            for folder in remove_unfinished(self.checkpoints):
                 self.tell(f"removed {folder.name}, which was never finished")
-                shutil.rmtree(folder, ignore_errors=True)
 
     def set_aside(self, after: int) -> None:
         """Rename every checkpoint of a later step: the run goes on from `after` and will not be what they are of.
 
-        They stay loadable by name and are never deleted here. Raises FencedError.
+        They stay loadable by name and are never deleted here, nor is what they refer to. Raises FencedError.
         """
         with self.fence.held():
             for folder in list_checkpoints(self.checkpoints):
                 if (step_of(folder) or 0) > after:
+                    remains = is_trimmed(folder)
                     aside = folder.with_name(f"{folder.name}.superseded-{self.fence.id}")
                     folder.rename(aside)
+                    if remains:
+                        continue
                     self.tell(f"{folder.name} is of an abandoned or damaged continuation: kept as {aside.name}")
 
     # One save
 
-    def _save_quietly(self, state: State, facts: Facts, prune: bool) -> None:
+    def _plan(self, state: State) -> tuple[State, dict[str, ShardSet]]:
+        """The sets to write, and those that stay where they are. One rank decides: all must write the same."""
+        parts, now = split_accumulators(state), contents_of(state)
+        refer: list[dict[str, ShardSet]] = [self._still_good(now) if self.rank == 0 else {}]
+        if self.group is not None:
+            dist.broadcast_object_list(refer, group=self.group, group_src=0)
+        return {name: parts[name] for name in now if name not in refer[0]}, refer[0]
+
+    def _still_good(self, now: Contents) -> dict[str, ShardSet]:
+        """The sets of the last checkpoint that have not changed since and whose files are all there."""
+        if self.levels == "all" or self._base is None or self.last is None:
+            return {}
+        base, last = self._base, self.last
+        same = plan_save(now, {name: part.updates for name, part in base.sets.items()}).refer
+        return {
+            name: base.sets[name]
+            for name in same
+            if not any(
+                size_problem(base.set_folder(last, name) / file, record)
+                for file, record in base.sets[name].files.items()
+            )
+        }
+
+    def _save_quietly(self, parts: State, refer: dict[str, ShardSet], facts: Facts, prune: bool) -> None:
         try:
-            self._save(state, facts, prune)
+            self._save(parts, refer, facts, prune)
         except BaseException as error:  # it is raised in the training thread
             self._error = error
 
-    def _save(self, state: State, facts: Facts, prune: bool) -> None:
+    def _save(self, parts: State, refer: dict[str, ShardSet], facts: Facts, prune: bool) -> None:
         work = self.checkpoints / f"{step_name(facts.step)}.tmp-{self.fence.id}"
         with self._errors(facts.step, work):
             with self._together("prepare"):
@@ -153,14 +208,16 @@ class CheckpointWriter:
                     self.fence.check()
                     shutil.rmtree(work, ignore_errors=True)
                     work.mkdir(parents=True)
-            for name, tensors in state.items():
+            for name, tensors in parts.items():
                 with self._together(f"write {name}"):
                     save_set(work / name, tensors, self.group)
             with self._together("publish"):
                 if self.rank == 0:
-                    write_manifest(work, facts, self.fence.id, tuple(state))
+                    written = {name: counter(tensors, UPDATES) for name, tensors in parts.items()}
+                    manifest = write_manifest(work, facts, self.fence.id, written, refer)
                     with self.fence.held():
                         self._publish(work, self.checkpoints / step_name(facts.step))
+                    self._base = manifest
         self.last, self.last_step = self.checkpoints / step_name(facts.step), facts.step
         if prune and self.rank == 0:
             try:
@@ -211,31 +268,20 @@ class CheckpointWriter:
     # Pruning
 
     def prune(self) -> None:
-        """Delete checkpoints that are neither among the newest `keep_last`, nor at a multiple of `keep_every`, nor
-        referred to by one that is kept. What has no readable manifest is left alone. Raises FencedError, OSError.
+        """Remove what is neither among the newest `keep_last`, nor at a multiple of `keep_every`, nor referred to by
+        one of these or by one that was set aside. Raises FencedError, OSError.
         """
         with self.fence.held():
-            whole: list[tuple[Path, Manifest]] = []
-            for folder in list_checkpoints(self.checkpoints):
-                with suppress(UserError):
-                    whole.append((folder, read_manifest(folder)))
-            kept = {
-                folder.name
-                for place, (folder, manifest) in enumerate(whole)
-                if place >= len(whole) - self.keep_last or (self.keep_every and manifest.step % self.keep_every == 0)
-            }
-            # What a kept one refers to holds its files itself, so one round of references is all there is.
-            needed = set().union(*(manifest.references() for folder, manifest in whole if folder.name in kept))
-            for folder, _ in whole:
-                if folder.name not in kept | needed:
-                    # Renamed first: a deletion cut short must not look like a checkpoint.
-                    doomed = folder.with_name(f"{folder.name}.tmp-{self.fence.id}-pruned")
-                    folder.rename(doomed)
-                    shutil.rmtree(doomed)
+            remove(removals(self.checkpoints, self.keep_last, self.keep_every), mark=self.fence.id)
 
 
-def write_manifest(work: Path, facts: Facts, incarnation: str, sets: tuple[str, ...]) -> Manifest:
-    """Complete the folder of a checkpoint whose sets have been written: the trainer's state, then the manifest."""
+def write_manifest(
+    work: Path, facts: Facts, incarnation: str, written: Mapping[str, int | None], refer: Mapping[str, ShardSet]
+) -> Manifest:
+    """Complete the folder of a checkpoint whose sets have been written: the trainer's state, then the manifest.
+
+    written: the sets in the folder, each with the updates of its level. refer: those that lie in other checkpoints.
+    """
     write_synced(work / TRAINER, json.dumps(facts.trainer))
     name = step_name(facts.step)
     manifest = Manifest(
@@ -247,11 +293,14 @@ def write_manifest(work: Path, facts: Facts, incarnation: str, sets: tuple[str, 
         tokenizer=facts.tokenizer,
         data=facts.data,
         losses=facts.losses,
-        sets={part: ShardSet(f"{name}/{part}", record_files(work / part)) for part in sets},
+        sets={
+            **{part: ShardSet(f"{name}/{part}", record_files(work / part), count) for part, count in written.items()},
+            **refer,
+        },
         files={TRAINER: record_file(work / TRAINER)},
     )
     write_synced(work / MANIFEST, manifest.to_json())
-    sync_folders([*(work / part for part in sets), work])
+    sync_folders([*(work / part for part in written), work])
     return manifest
 
 

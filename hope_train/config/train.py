@@ -164,6 +164,10 @@ class CheckpointConfig(Section):
     async_save: bool = False
     """Write in the background while training goes on."""
 
+    levels: Literal["own", "all"] = "own"
+    """`own`: a CMS level that has taken no update since it was last written is referred to, not written again; `all`:
+    every save writes every level, so that no two checkpoints share a file."""
+
 
 class LogConfig(Section):
     """Besides metrics.jsonl and eval.jsonl, which are always written."""

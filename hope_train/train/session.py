@@ -126,13 +126,13 @@ def open_session(config: RunConfig, resume: str, force: bool, display: Display) 
 
     fence = rundir.open_directory(run_dir, config, tokenizer, progress.step)
     keep = config.checkpoint
-    writer = CheckpointWriter(fence, keep.keep_last, keep.keep_every, keep.async_save, display.say)
+    writer = CheckpointWriter(fence, keep.keep_last, keep.keep_every, keep.async_save, display.say, keep.levels)
     writer.remove_unfinished()
     writer.set_aside(after=progress.step)
-    if found is not None and found[0].resolve() in [
-        folder.resolve() for folder in list_checkpoints(writer.checkpoints)
-    ]:
-        writer.last, writer.last_step = found[0], found[1].step
+    if found is not None:
+        writer.go_on_from(*found)
+    if keep.async_save:
+        writer.reserve(training_state(model, optimizer))
     if changed:
         display.say(f"configuration changed since the last start: {', '.join(changed)}")
     for line in optimizer.plan.warnings():

@@ -10,7 +10,7 @@ import torch
 
 from hope_train.checkpoint.manifest import MANIFEST, DamagedCheckpointError, verify
 from hope_train.checkpoint.store import find_checkpoint, load_model, load_state, newest_whole, read_trainer
-from hope_train.checkpoint.tensors import model_state, snapshot, training_state
+from hope_train.checkpoint.tensors import Staging, model_state, training_state
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.levels.build import build_optimizer
@@ -113,7 +113,7 @@ class TestRefusing:
         folder = tmp_path / "checkpoints" / "step_00000001"
         state = blank(make_state(1))
         change(state)  # type: ignore[operator]
-        before = snapshot(state)
+        before = Staging().copy(state)
         with pytest.raises(UserError, match=f"is of another model: .*{message}"):
             load_state(folder, verify(folder), state)
         assert_equal(state, before)

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hope_train.checkpoint import writer
+from hope_train.checkpoint import retention, writer
 from hope_train.cli import run
 from hope_train.levels.optimizer import LevelOptimizer
 from hope_train.train import metrics
 
-STAGES = ("step", "log", "first file", "sets", "manifest", "published", "pruning")
+STAGES = (
+    *("step", "log", "first file", "between sets", "sets", "manifest", "published", "pruning"),
+    *("trimming", "half trimmed"),
+)
 
 
 def die() -> None:
@@ -55,6 +58,15 @@ def arm(stage: str, step: int) -> None:
             fsync(handle)
 
         os.fsync = flushing
+    elif stage == "between sets":  # the core is written, a level is not
+        save_set = writer.save_set
+
+        def writing(folder: Path, *arguments: Any) -> None:
+            save_set(folder, *arguments)
+            if in_save_of(folder) and folder.name == "core":
+                die()
+
+        writer.save_set = writing
     elif stage in ("sets", "manifest"):  # all sets without a manifest; all with it, not yet in place
         write_manifest = writer.write_manifest
 
@@ -86,7 +98,27 @@ def arm(stage: str, step: int) -> None:
                     die()
                 shutil.rmtree(path, **more)
 
-        writer.shutil = Shutil  # type: ignore[assignment]
+        retention.shutil = Shutil  # type: ignore[assignment]
+    elif stage == "trimming":  # an old checkpoint is none any more, what nobody names is all still there
+        sync_folders = retention.sync_folders
+
+        def syncing(folders: Any) -> None:
+            sync_folders(folders)
+            if (folders[0].parent / f"step_{step:08d}").exists():
+                die()
+
+        retention.sync_folders = syncing
+    elif stage == "half trimmed":  # and in the middle of deleting it
+
+        class Scissors:
+            @staticmethod
+            def rmtree(path: Path, **more: Any) -> None:
+                if (path.parent.parent / f"step_{step:08d}").exists() and path.name == "core":
+                    (path / "__0_0.distcp").unlink()
+                    die()
+                shutil.rmtree(path, **more)
+
+        retention.shutil = Scissors  # type: ignore[assignment]
     else:
         raise ValueError(stage)
 

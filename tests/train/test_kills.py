@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hope_train.checkpoint.manifest import verify
+from hope_train.checkpoint.manifest import is_trimmed, verify
 from tests.train.kill_driver import STAGES
 from tests.train.tiny import STEPS, Tiny, assert_same_run, finish
 
@@ -27,24 +27,31 @@ OPTIONS = ("checkpoint.every=1", "checkpoint.keep_last=2")
 @pytest.mark.parametrize("async_save", ["true", "false"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_in_the_middle_of_things(tiny: Tiny, stage: str, async_save: str) -> None:
-    # Step 5 is in the middle of the periods of 2 and 4.
+    # Step 5 is in the middle of the periods of 2 and 4. At step 6 levels 1 and 2 of step 4 outlive it.
+    at = 6 if "trimm" in stage else 5
     options = (*OPTIONS, f"checkpoint.async_save={async_save}")
     assert tiny.train("whole", *options) == 0
-    process = tiny.spawn("a", *options, program=[DRIVER, stage, "5"])
+    process = tiny.spawn("a", *options, program=[DRIVER, stage, str(at)])
     output = finish(process)
     assert process.returncode == -signal.SIGKILL, output
     assert not (tiny.dir("a") / "STOPPED.json").exists()
     there = sorted(path.name for path in (tiny.dir("a") / "checkpoints").iterdir())
     if stage not in ("step", "log"):
         unfinished = [name for name in there if ".tmp-" in name]
-        assert bool(unfinished) == (stage in ("first file", "sets", "manifest", "pruning")), there
-        verify(tiny.checkpoint("a", 5 if stage in ("published", "pruning") else 4))
+        in_a_save = stage in ("first file", "between sets", "sets", "manifest")
+        assert bool(unfinished) == (in_a_save or stage == "pruning"), there
+        newest = verify(tiny.checkpoint("a", at - 1 if in_a_save else at))
+        if at == 6:
+            assert newest.references() == {"step_00000004"}
+            assert is_trimmed(tiny.checkpoint("a", 4))
+            assert tiny.checkpoints("a") == ["step_00000005", "step_00000006"]
     else:  # a save of step 4 in the background may have been killed as well
         verify(tiny.checkpoint("a", 3 if async_save == "true" else 4))
     assert tiny.train("a", *options) == 0
     assert_same_run(tiny, "a", "whole")
+    assert tiny.checkpoints("a") == [f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"]
     there = sorted(path.name for path in (tiny.dir("a") / "checkpoints").iterdir())
-    assert there == [f"step_{STEPS - 1:08d}", f"step_{STEPS:08d}"]
+    assert there == tiny.checkpoints("a"), "step 8 is full: nothing that is left refers to what is older"
 
 
 @pytest.mark.parametrize("seed", range(3))

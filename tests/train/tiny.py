@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from hope_train.checkpoint.manifest import CHECKPOINTS, step_name, verify
+from hope_train.checkpoint.manifest import CHECKPOINTS, is_trimmed, list_checkpoints, step_name, verify
 from hope_train.checkpoint.tensors import entries, load_set
 from hope_train.train.run import train_command
 
@@ -92,6 +92,10 @@ class Tiny:
     def checkpoint(self, name: str, step: int) -> Path:
         """A checkpoint's folder."""
         return self.dir(name) / CHECKPOINTS / step_name(step)
+
+    def checkpoints(self, name: str) -> list[str]:
+        """Names of the checkpoints that are there, without what remains of others because these refer to it."""
+        return [path.name for path in list_checkpoints(self.dir(name) / CHECKPOINTS) if not is_trimmed(path)]
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, without what is measured by a clock."""
