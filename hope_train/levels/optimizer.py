@@ -10,7 +10,7 @@ All that a resume needs is in `state` (moments, accumulators, initial states) an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,11 +138,12 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _grad_norms(self) -> dict[str, float]:
         """Norm of this step's gradient by set."""
-        groups = [
-            [member.parameter.grad for member in members if member.parameter.grad is not None]
-            for members in self._sets.values()
-        ]
-        return dict(zip(self._sets, _floats(self.ranks.norms(groups)), strict=True))
+        owners = [[m.parameter for m in members if m.parameter.grad is not None] for members in self._sets.values()]
+        return dict(zip(self._sets, _floats(self._norms_of_grads(owners)), strict=True))
+
+    def _norms_of_grads(self, owners: list[list[Tensor]]) -> list[Tensor]:
+        grads = [[parameter.grad for parameter in group if parameter.grad is not None] for group in owners]
+        return self.ranks.norms(grads, owners)
 
     def grads_finite(self) -> bool:
         """Whether every gradient of this step is finite, and its norm too. Changes nothing; asks no other rank."""
@@ -244,12 +245,27 @@ class LevelOptimizer(torch.optim.Optimizer):
             mean = accumulator.div_(member.group["tokens"])
             member.parameter.grad = mean.to(member.parameter.dtype)
 
+    def fold(self) -> None:
+        """Sum over the ranks what unfinished periods have collected: every rank then holds the whole, as a checkpoint
+        needs it. To be followed by `unfold` before the next step. One process has nothing to sum."""
+        for name, accumulators in self._unfinished():
+            self.ranks.reduce_accumulators(name, accumulators)
+
+    def unfold(self) -> None:
+        """After `fold`, or after loading a checkpoint: leave the sums to one of the ranks that collect."""
+        for _, accumulators in self._unfinished():
+            self.ranks.keep_one_sum(accumulators)
+
+    def _unfinished(self) -> Iterator[tuple[str, list[Tensor]]]:
+        for name, members in self._sets.items():
+            if members and members[0].group["period"] > 1 and members[0].group["tokens"] > 0:
+                yield name, [self.state[member.parameter][ACCUMULATOR] for member in members]
+
     def _clip(self, stepping: list[_Member]) -> dict[int, ClipReport]:
         """One norm and one clip per group of equal period, on the gradients about to be applied."""
         periods = sorted({member.group["period"] for member in stepping})
         groups = [[m.parameter for m in stepping if m.group["period"] == period] for period in periods]
-        grads = [[p.grad for p in group if p.grad is not None] for group in groups]
-        norms = self.ranks.norms(grads)
+        norms = self._norms_of_grads([[p for p in group if p.grad is not None] for group in groups])
         if self.clip_norm is not None:
             for group, norm in zip(groups, norms, strict=True):
                 torch.nn.utils.clip_grads_with_norm_(group, self.clip_norm, norm)
@@ -264,11 +280,12 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _ratios(self, names: tuple[str, ...], before: Mapping[str, list[Tensor]]) -> dict[str, float | None]:
         """|change| / |weights before| by set; uses up `before`."""
-        sizes = self.ranks.norms([before[name] for name in names])
+        owners = [[member.parameter for member in self._sets[name]] for name in names]
+        sizes = self.ranks.norms([before[name] for name in names], owners)
         for name in names:
             for old, member in zip(before[name], self._sets[name], strict=True):
                 old.sub_(member.parameter)
-        changes = self.ranks.norms([before[name] for name in names])
+        changes = self.ranks.norms([before[name] for name in names], owners)
         pairs = zip(_floats(changes), _floats(sizes), strict=True)
         return {name: change / size if size > 0 else None for name, (change, size) in zip(names, pairs, strict=True)}
 
@@ -279,6 +296,7 @@ class LevelOptimizer(torch.optim.Optimizer):
             return {}
         moves: list[list[Tensor]] = []
         sizes: list[Tensor] = []
+        owners: list[list[Tensor]] = []
         for name in names:
             anchors = [self.state[member.parameter][ANCHOR] for member in self._sets[name]]
             old = [anchor.clone() for anchor in anchors] if measure else []
@@ -286,11 +304,12 @@ class LevelOptimizer(torch.optim.Optimizer):
                 anchor.lerp_(member.parameter, rate)
                 member.parameter.copy_(anchor)
             if measure:
-                sizes += self.ranks.norms([old])
+                owners.append([member.parameter for member in self._sets[name]])
+                sizes += self.ranks.norms([old], owners[-1:])
                 moves.append([before.sub_(anchor) for before, anchor in zip(old, anchors, strict=True)])
         if not measure:
             return {}
-        pairs = zip(_floats(self.ranks.norms(moves)), _floats(sizes), strict=True)
+        pairs = zip(_floats(self.ranks.norms(moves, owners)), _floats(sizes), strict=True)
         return {name: move / size if size > 0 else None for name, (move, size) in zip(names, pairs, strict=True)}
 
     def _plan_of(self, name: str) -> SetPlan:
@@ -314,7 +333,7 @@ class LevelOptimizer(torch.optim.Optimizer):
                 due=is_due,
                 updates=updates,
                 lr=self.plan.lr(part, updates if applied and is_due else updates + 1),
-                grad_norm=norms[part.name],
+                grad_norm=norms[part.name] if part.period == 1 or self.ranks.slow_gradients_are_whole else None,
                 update_ratio=(ratios or {}).get(part.name),
                 reset_ratio=(resets or {}).get(part.name),
             )
@@ -323,7 +342,7 @@ class LevelOptimizer(torch.optim.Optimizer):
             applied=applied,
             skipped=self.skipped,
             lr=sets[CORE].lr,
-            grad_norm=math.hypot(*norms.values()),
+            grad_norm=math.hypot(*(norms[part.name] for part in self.plan.sets if part.period == 1 or not applied)),
             sets=sets,
             clips=clips or {},
         )

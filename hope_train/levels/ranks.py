@@ -14,10 +14,15 @@ from torch import Tensor
 class Ranks:
     """One process that holds every parameter whole."""
 
-    def norms(self, groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    slow_gradients_are_whole = True
+    """Whether a slow set's gradient of a single step is known before its period ends. Where ranks see different
+    samples it is not: what they collect is summed once per period."""
+
+    def norms(self, groups: Sequence[Sequence[Tensor]], owners: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """L2 norm of each list of tensors over the whole model, as scalars (0 for an empty list).
 
-        Over several ranks: sums of squares, each divided by its number of replicas, in one reduction for all lists.
+        `owners` has the parameter that each tensor belongs to (its gradient, its change, …). Over several ranks: sums
+        of squares, each divided by the number of its parameter's replicas, in one reduction for all lists.
         """
         return [torch.nn.utils.get_total_norm(list(group)) for group in groups]
 
@@ -28,3 +33,7 @@ class Ranks:
     def reduce_accumulators(self, name: str, accumulators: Sequence[Tensor]) -> None:
         """Sum, in place, the accumulators of the set `name`, whose period ends at this step, over the ranks that
         hold parts of them. Nothing to do where the gradients of every step are already whole."""
+
+    def keep_one_sum(self, accumulators: Sequence[Tensor]) -> None:
+        """After accumulators were summed in mid-period: leave the sum to one rank of those that hold parts, so that
+        the next sum counts it once. Nothing to do where nothing is summed."""

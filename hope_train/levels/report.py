@@ -23,8 +23,9 @@ class SetReport:
     lr: float
     """Learning rate of this step's update, or where none is due of the update that this step accumulates for."""
 
-    grad_norm: float
-    """L2 norm of this step's gradient (not of the period's mean), before clipping."""
+    grad_norm: float | None
+    """L2 norm of this step's gradient (not of the period's mean), before clipping. None for a slow set where ranks see
+    different samples: its gradient is summed over them once per period only."""
 
     update_ratio: float | None = None
     """Norm of the change that the update rule made over the norm of the weights before it, this set taken as one
@@ -62,7 +63,8 @@ class StepReport:
     """Learning rate of the core."""
 
     grad_norm: float
-    """L2 norm of this step's gradient over all sets, before clipping. Not finite when that is why it was refused."""
+    """L2 norm of this step's gradient over the sets of period 1, before clipping: the same number however the run is
+    spread. Not finite when a gradient, of any set, is the reason why the step was refused."""
 
     sets: dict[str, SetReport]
     """By set name: `core`, `level_0`, …"""

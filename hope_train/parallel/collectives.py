@@ -102,3 +102,11 @@ def _scattered_sum(x_BTD: Tensor, group: ProcessGroup) -> Tensor:
 # Their names in newer versions of torch, where the older ones warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather_parts(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Every rank's tensor of the same shape, stacked: [R, ...]. Not differentiable."""
+    x = x.detach().contiguous()
+    parts = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
+    _all_gather(parts, x, group=group)
+    return parts.unflatten(0, (-1, x.shape[0]))

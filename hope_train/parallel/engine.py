@@ -1,0 +1,173 @@
+"""From a configuration and a mesh to a model and an optimizer that are spread over it: the engine `native`.
+
+One process gets the plain model and pays for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from data_pipelines.batches import Batch, BatchSource
+from hope_train.config.tree import RunConfig
+from hope_train.errors import UserError
+from hope_train.evaluate.scoring import Shares
+from hope_train.levels.build import build_optimizer
+from hope_train.levels.optimizer import LevelOptimizer
+from hope_train.levels.report import StepReport
+from hope_train.levels.schedule import LevelPlan, level_of, set_name
+from hope_train.model.hope import HopeModel, build_model
+from hope_train.parallel.data import DataParallel
+from hope_train.parallel.mesh import Mesh
+from hope_train.parallel.ranks import MeshRanks
+from hope_train.parallel.tensor import TensorParallel
+
+State = dict[str, dict[str, Tensor]]
+"""As `checkpoint.tensors.State`: by shard set and name."""
+
+
+@dataclass
+class Engine:
+    """A model on its mesh. Every rank has one and calls the same methods in the same order."""
+
+    mesh: Mesh
+    model: HopeModel
+    optimizer: LevelOptimizer
+    tensor: TensorParallel | None = None
+    """None where every rank has the whole model."""
+
+    data: DataParallel | None = None
+    """None where one rank trains on the whole batch (or several on the same)."""
+
+    check_collectives: bool = False
+
+    # A step
+
+    def batch(self, source: BatchSource, index: int) -> Batch:
+        """This rank's rows of global batch `index`."""
+        return source.batch(index, self.mesh.data_rank, self.mesh.sizes.dp)
+
+    def total_scored(self, scored: int) -> int:
+        """Scored tokens of the whole batch, from those of each rank's rows."""
+        if self.data is None:
+            return scored
+        return self.mesh.team.total(scored) * self.mesh.sizes.dp // self.mesh.sizes.world
+
+    def arm(self) -> None:
+        """The step's last backward follows."""
+        if self.data is not None:
+            self.data.arm()
+
+    def finish_backward(self) -> None:
+        """Complete this step's gradients: those of the sets of period 1 are then whole on every rank."""
+        if self.tensor is not None:
+            self.tensor.finish_backward()
+        if self.data is not None:
+            self.data.finish()
+
+    def all_rows(self, mine_M: Tensor) -> Tensor:
+        """Figures of the micro-batches of every rank, in the order of the batch, from those of this one."""
+        if self.data is None:
+            return mine_M
+        whole_M = mine_M.new_zeros(self.mesh.sizes.dp * len(mine_M))
+        whole_M[self.mesh.data_rank * len(mine_M) :][: len(mine_M)] = mine_M
+        dist.all_reduce(whole_M, group=self.data.group)
+        return whole_M
+
+    def check(self, report: StepReport) -> None:
+        """With parallel.check_collectives: raises RuntimeError unless this step's traffic was what the periods say."""
+        if self.check_collectives and self.data is not None:
+            due = [name for name, part in report.sets.items() if part.due]
+            self.data.check(due, report.applied)
+
+    # Evaluation
+
+    def shares(self) -> Shares:
+        """How windows are dealt out to the ranks that hold whole models."""
+        if self.data is None:
+            return Shares()
+        return DataShares(self.mesh.data_rank, self.mesh.sizes.dp, self.data.group, self.mesh.device)
+
+    # Checkpoints
+
+    def wrap(self, state: State) -> State:
+        """The same tensors as parts of whole ones, for a checkpoint that any layout can read."""
+        if self.tensor is None:
+            return state
+        return {name: self.tensor.wrap(tensors) for name, tensors in state.items()}
+
+
+class DataShares(Shares):
+    """Windows dealt out to the ranks of a data-parallel group."""
+
+    def __init__(self, rank: int, ranks: int, group: ProcessGroup, device: torch.device) -> None:
+        self.rank, self.ranks, self.group, self.device = rank, ranks, group, device
+
+    def join(self, values: list[float]) -> list[float]:
+        """One reduction, exact: all addends but one are zero."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.group)
+        found: list[float] = total.tolist()
+        return found
+
+
+def check_supported(config: RunConfig, mesh: Mesh) -> None:
+    """Raises UserError for what this engine cannot do."""
+    if mesh.sizes.pp > 1:
+        raise UserError(f"parallel.pp={mesh.sizes.pp}: pipelines are not built yet; set parallel.pp=1 and use tp or dp")
+    if mesh.sizes.dp_shard > 1:
+        raise UserError(
+            f"parallel.dp_shard={mesh.sizes.dp_shard}: sharded data parallelism is not built yet; set "
+            "parallel.dp_shard=1 and use dp_replicate"
+        )
+    if mesh.sizes.tp > 1 and config.train.compile == "model":
+        raise UserError(
+            "train.compile=model compiles across the exchanges of tensor parallelism: set train.compile=memory or none "
+            "with parallel.tp above 1"
+        )
+
+
+def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None) -> Engine:
+    """Model and optimizer of a run, spread over the mesh. Initial weights are, bit for bit, those of one process.
+
+    Args:
+        dtype: of the parameters; None: fp32.
+
+    Raises:
+        UserError: the engine cannot do what the configuration asks for.
+    """
+    check_supported(config, mesh)
+    tensor = None
+    tensor_mesh = None if mesh.device_mesh is None or mesh.sizes.tp == 1 else mesh.device_mesh["tp"]
+    if tensor_mesh is None:
+        model = build_model(config.model, config.seed).to(mesh.device, dtype)
+    else:
+        with torch.device("meta"):
+            model = HopeModel(config.model)
+        tensor = TensorParallel(model, tensor_mesh, config.parallel.sequence_parallel)
+        tensor.fill(config.seed, mesh.device, dtype)
+    if mesh.sizes.world == 1:
+        return Engine(mesh, model, build_optimizer(model.named_parameters(), config))
+    replicated = [] if tensor is None else tensor.replicated()
+    data = None
+    if (data_group := mesh.group("dp_replicate")) is not None:
+        plan = LevelPlan.from_config(config)
+        sets: dict[str, list[Tensor]] = {part.name: [] for part in plan.sets}
+        for name, parameter in model.named_parameters():
+            sets[set_name(level_of(name))].append(parameter)
+        late = replicated if tensor is not None and tensor.region.sequence_parallel else []
+        data = DataParallel(sets, {part.name: part.period for part in plan.sets}, data_group, late)
+    ranks = MeshRanks(
+        mesh.team,
+        None if tensor is None else tensor.group,
+        replicated,
+        data,
+        mesh.data_rank,
+        mesh.device,
+    )
+    optimizer = build_optimizer(model.named_parameters(), config, ranks)
+    return Engine(mesh, model, optimizer, tensor, data, config.parallel.check_collectives)

@@ -1,0 +1,159 @@
+"""The tensor-parallel plan carried out on a model: each rank holds its part, exchanges stand where the plan says.
+
+The model's own code runs unchanged on the parts: it reads the number of heads off its parameters. Parameters are plain
+tensors of this rank's shape under the unsharded model's names; `Layout` knows what they are parts of, and wraps them as
+DTensors where the whole matters (checkpoints).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from hope_train.model.hope import HopeModel
+from hope_train.parallel import collectives
+from hope_train.parallel.plan import Split, part_of, split_of_module, split_of_parameter
+from hope_train.parallel.vocab import VocabularyPart, embed_part
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a parameter is a part of."""
+
+    shape: tuple[int, ...]
+    """In the unsharded model."""
+
+    dim: int | None
+    """The dimension divided over the tensor-parallel ranks; None: every rank has it whole."""
+
+    def part(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
+        """A rank's part of the whole tensor, as a view."""
+        if self.dim is None:
+            return whole
+        rows = part_of(self.shape[self.dim], rank, ranks)
+        return whole.narrow(self.dim, rows.start, len(rows))
+
+    def wrap(self, local: Tensor, mesh: DeviceMesh) -> Tensor:
+        """The whole, as a DTensor over the tensor-parallel mesh that shares this rank's storage."""
+        if self.dim is None:
+            return local
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(
+            local, mesh, [Shard(self.dim)], run_check=False, shape=torch.Size(self.shape), stride=stride
+        )
+
+
+class Region:
+    """Where the residual stream is divided along the tokens, and the exchanges at its borders."""
+
+    def __init__(self, group: ProcessGroup, sequence_parallel: bool) -> None:
+        self.group, self.ranks = group, dist.get_world_size(group)
+        self.sequence_parallel = sequence_parallel
+        self.divided = False
+        """Whether the forward under way has the tokens divided; what does not divide evenly (decoding, an evaluation's
+        odd window) is run with all tokens on every rank."""
+
+    def begin(self, tokens: int) -> None:
+        """A forward over sequences of this length begins."""
+        self.divided = self.sequence_parallel and tokens % self.ranks == 0
+
+    def enter(self, x: Tensor) -> Tensor:
+        """From the residual stream into split modules, which need every token."""
+        return (collectives.gather_tokens if self.divided else collectives.copy_to_ranks)(x, self.group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """From the ranks' partial results back to the residual stream."""
+        return (collectives.scatter_sum if self.divided else collectives.sum_over_ranks)(x, self.group)
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """An embedding of which this rank has the rows of its part of the vocabulary."""
+
+    def __init__(self, region: Region, vocabulary: VocabularyPart, weight_vD: Tensor) -> None:
+        rows, width = weight_vD.shape
+        super().__init__(rows, width, _weight=weight_vD)
+        self.region, self.vocabulary = region, vocabulary
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T] -> the residual stream: [B, T, D], or this rank's tokens of it."""
+        self.region.begin(tokens_BT.shape[1])
+        return self.region.leave(embed_part(self.weight, tokens_BT, self.vocabulary.rows))
+
+
+class TensorParallel:
+    """The model's parts on this rank, and what has to be exchanged outside forward and backward."""
+
+    def __init__(self, model: HopeModel, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+        """Put the exchanges into a model on `meta`; weights come with `fill`.
+
+        Args:
+            mesh: one-dimensional, over the ranks that divide the model.
+        """
+        self.model, self.mesh = model, mesh
+        self.group = mesh.get_group()
+        self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
+        self.layouts = {
+            name: Layout(tuple(parameter.shape), split_of_parameter(name).dim)
+            for name, parameter in model.named_parameters()
+        }
+        self.region = Region(self.group, sequence_parallel)
+        self.vocabulary = VocabularyPart(model.config.vocab_size, self.group)
+        model.vocabulary = self.vocabulary
+        for name, module in model.named_modules():
+            split = split_of_module(name)
+            if split is Split.SEQUENCE:
+                module.register_forward_hook(_after(self.region.enter))
+            elif split is Split.ROWWISE:
+                module.register_forward_hook(_after(self.region.leave))
+
+    @torch.no_grad()
+    def fill(self, seed: int, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Give every parameter this rank's part of its initial value: bit for bit what one process would have.
+
+        One whole tensor exists at a time.
+        """
+        requires = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        for name, whole in self.model.initial_values(seed):
+            local = self.layouts[name].part(whole, self.rank, self.ranks).to(device, dtype, copy=True).contiguous()
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), leaf, nn.Parameter(local, requires_grad=requires[name]))
+        self.model.embed = VocabularyEmbedding(self.region, self.vocabulary, self.model.embed.weight)
+
+    def replicated(self) -> list[Tensor]:
+        """The parameters that every rank holds whole."""
+        return [p for name, p in self.model.named_parameters() if self.layouts[name].dim is None]
+
+    def finish_backward(self) -> None:
+        """Complete the gradients of what every rank holds: with the tokens divided, each has seen only its own."""
+        grads = [parameter.grad for parameter in self.replicated() if parameter.grad is not None]
+        if not self.region.sequence_parallel or not grads:
+            return
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat, group=self.group)
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def wrap(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Entries of a checkpoint's set as parts of the whole: a parameter, or `optimizer.<key>.<parameter>`."""
+        found = {}
+        for name, tensor in tensors.items():
+            parameter = name.split(".", 2)[2] if name.startswith("optimizer.") and name.count(".") > 1 else name
+            layout = self.layouts.get(parameter)
+            # Besides what has a parameter's shape there are numbers: counters of the update rule.
+            found[name] = tensor if layout is None or tensor.ndim == 0 else layout.wrap(tensor, self.mesh)
+        return found
+
+
+def _after(exchange: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        return exchange(output)
+
+    return hook

@@ -1,0 +1,117 @@
+"""Small models, and ten training steps of them on a mesh: what the ranks of the tests run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipelines.batches import Batch
+from hope_train.checkpoint.tensors import training_state
+from hope_train.config.load import validate
+from hope_train.config.tree import RunConfig
+from hope_train.parallel.engine import Engine, build_engine
+from hope_train.parallel.mesh import open_mesh
+from hope_train.train.step import optimizer_step
+
+STEPS = 10
+LEVELS = [{"width": 24, "period": 1}, {"width": 16, "period": 2}, {"width": 32, "period": 4, "activation": "gelu"}]
+MODELS: dict[str, dict[str, Any]] = {
+    "hope": {
+        "arch": "hope",
+        "memory": {"chunk_size": 8, "generator_chunk_size": 4, "momentum": True},
+        "cms": {"levels": LEVELS},
+    },
+    "hope_attention": {"arch": "hope_attention", "cms": {"levels": LEVELS, "variant": "independent"}},
+    "transformer_pp": {"arch": "transformer_pp", "mlp_width": 48},
+}
+
+
+def make_config(arch: str, tied: bool = False, vocab: int = 67, **parallel: Any) -> RunConfig:
+    """Two layers of four heads, 4 micro-batches of one or more rows of 16 tokens, clipping always active."""
+    tree = {
+        "seed": 5,
+        "model": {
+            "d_model": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "vocab_size": vocab,
+            "tie_embeddings": tied,
+            "init_std": 0.1,
+            **MODELS[arch],
+        },
+        "optimizer": {"lr": 0.01, "schedule": {"kind": "cosine", "warmup_tokens": 256}},
+        "train": {
+            "context_length": 16,
+            "batch_tokens": 128,
+            "micro_batch_size": 2,
+            "tokens": 128 * STEPS,
+            "clip_norm": 0.5,
+            "loss_chunk": 10,
+            "device": "cpu",
+        },
+        "parallel": {"check_collectives": True, **parallel},
+    }
+    return validate(RunConfig, tree)
+
+
+class RandomBatches:
+    """Global batch i, documents and unscored targets in it, as a function of i alone."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.vocab, self.length = config.model.vocab_size, config.train.context_length
+        self.batch_sequences = config.train.batch_tokens // self.length
+
+    def batch(self, index: int, rank: int = 0, ranks: int = 1) -> Batch:
+        generator = np.random.default_rng(index)
+        tokens = generator.integers(0, self.vocab, (self.batch_sequences, self.length + 1))
+        starts = generator.random((self.batch_sequences, self.length)) < 0.1
+        starts[:, 0] = True
+        targets = tokens[:, 1:].copy()
+        targets[generator.random(targets.shape) < 0.15] = -100
+        share = self.batch_sequences // ranks
+        rows = slice(rank * share, (rank + 1) * share)
+        return Batch(tokens[rows, :-1].copy(), targets[rows], starts[rows])
+
+    def window_numbers(self, first: int, count: int) -> np.ndarray:
+        return np.arange(first, first + count)
+
+
+def open_engine(config: RunConfig, dtype: str) -> Engine:
+    """As a run does, in any type."""
+    return build_engine(config, open_mesh(config, torch.device("cpu")), getattr(torch, dtype))
+
+
+def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, whatever the layout; `fold` has been called where it matters."""
+    state = engine.wrap(training_state(engine.model, engine.optimizer))
+    return {
+        f"{name}/{key}": (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+        for name, part in state.items()
+        for key, tensor in part.items()
+    }
+
+
+def train(arch: str, dtype: str, steps: int = STEPS, fold_at: int = 0, **options: Any) -> dict[str, Any]:
+    """Ten steps; the initial and the final state, and a report of every step."""
+    config = make_config(arch, **options)
+    engine = open_engine(config, dtype)
+    engine.optimizer.materialize_state()
+    source: Any = RandomBatches(config)
+    initial = whole_state(engine)
+    reports, losses = [], []
+    for index in range(steps):
+        loss, report, _ = optimizer_step(engine, source, config.train, index, measure=True)
+        losses.append(loss)
+        reports.append({**report.metrics(), "loss": loss})
+        if index + 1 == fold_at:
+            engine.optimizer.fold()
+            engine.optimizer.unfold()
+    engine.optimizer.fold()
+    return {
+        "initial": initial,
+        "final": whole_state(engine),
+        "reports": reports,
+        "traffic": None if engine.data is None else engine.data.run.bytes,
+    }
