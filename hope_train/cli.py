@@ -159,13 +159,16 @@ def plan(
     overrides: Overrides = None,
     device: Annotated[str, typer.Option(help="Kind of accelerator: h200, h100, a100, ...")] = "h200",
     devices: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    interconnect: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Links, such as nvlink4+ib-ndr. Default: the usual ones.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
-    """Parameters, memory, speed and days of a run before it starts; needs no GPU."""
+    """Parameters, memory, traffic, speed and days of a run before it starts; needs no GPU."""
     chosen = _overrides(overrides, config)
     from hope_train.plan.report import plan_command
 
-    return plan_command(config, chosen, device, devices, as_json)
+    return plan_command(config, chosen, device, devices, as_json, interconnect=interconnect)
 
 
 @app.command("report")

@@ -90,9 +90,14 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             ["plan", "c.yaml", "model.d_model=64", "--devices", "8", "--device", "h100"],
             "hope_train.plan.report",
             "plan_command",
-            (("c.yaml", ["model.d_model=64"], "h100", 8, False), {}),
+            (("c.yaml", ["model.d_model=64"], "h100", 8, False), {"interconnect": None}),
         ),
-        (["plan", "c.yaml", "--json"], "hope_train.plan.report", "plan_command", (("c.yaml", [], "h200", 1, True), {})),
+        (
+            ["plan", "c.yaml", "--json", "--interconnect", "ib-hdr"],
+            "hope_train.plan.report",
+            "plan_command",
+            (("c.yaml", [], "h200", 1, True), {"interconnect": "ib-hdr"}),
+        ),
         (
             ["report", "runs/a", "runs/b", "--out", "o"],
             "hope_train.report.draw",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hope_train.config.mesh import MeshSizes, resolve_mesh
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.levels.schedule import LevelPlan
@@ -13,14 +14,20 @@ from hope_train.plan.devices import GIB, Device, find_device
 from hope_train.plan.flops import CONVENTION, FlopCount, count_flops
 from hope_train.plan.footprint import (
     Footprint,
+    memory_state_bytes,
+    shard_numbers,
     state_bytes_per_sequence,
     training_footprint,
     usable_bytes,
 )
+from hope_train.plan.interconnect import Interconnect, find_interconnect
 from hope_train.plan.parameters import counts_by_component, level_counts, parameter_count
+from hope_train.plan.pipeline import Bubble, in_flight, micro_batches, pipeline_bubble
+from hope_train.plan.sharding import RankShare, rank_shares
 from hope_train.plan.speed import Speed, expected_speed
-
-Change = Callable[[RunConfig], RunConfig]
+from hope_train.plan.stages import part_count, training_costs
+from hope_train.plan.suggest import suggest
+from hope_train.plan.traffic import Flow, gradient_ratio, kept_levels, rank_flows
 
 
 @dataclass(frozen=True)
@@ -37,17 +44,51 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Rank:
+    """What the ranks at one place of the pipeline hold and communicate. Sizes are those of the one that holds most."""
+
+    share: RankShare
+    parameters: int
+    """Owned between steps: after tensor, pipeline and data parallelism, padding included."""
+
+    kept: tuple[int, ...]
+    """Levels that stay gathered between their updates."""
+
+    in_flight: int
+    """Micro-batches (of one part each) whose activations it holds at a time, at most."""
+
+    cost: float
+    """Computing for a token, over the mean of all ranks: 1 where the stages are balanced."""
+
+    footprint: Footprint
+    state_bytes: int
+    """Fast weights of one micro-batch."""
+
+    flows: tuple[Flow, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything `hope plan` says."""
 
     config: RunConfig
     device: Device
-    devices: int
+    interconnect: Interconnect
+    mesh: MeshSizes
+    ranks: tuple[Rank, ...]
+    """By place in the pipeline; one where there is none."""
+
+    bubble: Bubble
+    micro_batches: int
+    """Of one data-parallel rank in a step."""
+
+    gradient_ratio: float
+    """Data-parallel gradient bytes over those with all periods 1, averaged over a cycle."""
+
     parameters: int
     components: dict[str, int]
     levels: tuple[Level, ...]
     flops: FlopCount
-    footprint: Footprint
     state_bytes: int
     """Of one sequence at inference, after `train.context_length` tokens."""
 
@@ -59,12 +100,28 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def devices(self) -> int:
+        """All of them."""
+        return self.mesh.world
+
+    @property
+    def fullest(self) -> Rank:
+        """The rank that needs most."""
+        return max(self.ranks, key=lambda rank: rank.footprint.peak)
+
+    @property
+    def footprint(self) -> Footprint:
+        """Of the rank that needs most."""
+        return self.fullest.footprint
+
+    @property
     def verdict(self) -> str:
         """One line."""
         name, total = self.device.name, f"{self.device.memory_gib:.0f}"
         article = "an" if name[0] in "ahlmr" else "a"  # an h200, an l40s, an rtx4090, a b200
         usable = usable_bytes(self.device) / GIB
-        need = f"needs {self.footprint.peak / GIB:.1f} GiB, {article} {name} has {total} ({usable:.1f} usable)"
+        where = f"pipeline rank {self.fullest.share.rank} " if self.mesh.pp > 1 else ""
+        need = f"{where}needs {self.footprint.peak / GIB:.1f} GiB, {article} {name} has {total} ({usable:.1f} usable)"
         return f"fits: {need}" if self.fits else f"does not fit: {need}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +156,28 @@ class Plan:
                 "usable_bytes": usable_bytes(self.device),
                 "peak_flops": self.device.peak(train.precision),
             },
+            "mesh": {
+                "pp": self.mesh.pp,
+                "dp_replicate": self.mesh.dp_replicate,
+                "dp_shard": self.mesh.dp_shard,
+                "tp": self.mesh.tp,
+                "world": self.mesh.world,
+                "micro_batches": self.micro_batches,
+                "interconnect": self.interconnect.name,
+            },
+            "ranks": [_rank_dict(rank) for rank in self.ranks],
+            "pipeline": {
+                "schedule": self.config.parallel.schedule if self.mesh.pp > 1 else None,
+                "bubble_share": self.bubble.share,
+                "formula": self.bubble.formula,
+            },
+            "gradient_traffic_ratio": self.gradient_ratio,
             "speed": {
+                "step_seconds": self.speed.step_seconds,
+                "busy_seconds": self.speed.busy_seconds,
+                "bubble_seconds": self.speed.bubble_seconds,
+                "exposed_communication_seconds": self.speed.exposed_seconds,
+                "communication_seconds": dict(self.speed.communication_seconds),
                 "tokens_per_s": self.speed.tokens_per_s,
                 "days": self.speed.days,
                 "mfu": self.speed.mfu,
@@ -113,23 +191,58 @@ class Plan:
         }
 
 
-def make_plan(config: RunConfig, device: str = "h200", devices: int = 1, mfu: float | None = None) -> Plan:
-    """The plan of `config` on `devices` devices called `device`, each holding the whole model.
+def _rank_dict(rank: Rank) -> dict[str, Any]:
+    return {
+        "pp": rank.share.rank,
+        "parts": [{"part": part, "layers": layers} for part, layers in rank.share.parts],
+        "layers": rank.share.layers,
+        "embedding": rank.share.has_embedding,
+        "head": rank.share.has_head,
+        "parameters": rank.parameters,
+        "kept_gathered": list(rank.kept),
+        "in_flight": rank.in_flight,
+        "cost": rank.cost,
+        "peak_bytes": rank.footprint.peak,
+        "items": [vars(item) for item in rank.footprint.items],
+        "memory_state_bytes": rank.state_bytes,
+        "communication": [{**vars(flow), "wire": flow.wire} for flow in rank.flows],
+    }
 
-    Raises UserError for an unknown device, a batch that cannot be shared out, an MFU outside (0, 1].
+
+def make_plan(
+    config: RunConfig, device: str = "h200", devices: int = 1, mfu: float | None = None, interconnect: str | None = None
+) -> Plan:
+    """The plan of `config` on `devices` devices called `device`, spread as its section `parallel` says.
+
+    interconnect: name of the links (`nvlink4+ib-ndr`); None: what the device usually comes with.
+
+    Raises UserError for an unknown device or interconnect, a mesh that the devices, the model or the batch do not fit,
+    an MFU outside (0, 1].
     """
     kind = find_device(device)
-    _check(config, devices, mfu)
-    footprint = training_footprint(config, kind.name != "cpu")
-    fits = footprint.fits(kind)
+    links = find_interconnect(interconnect, kind)
+    if devices < 1:
+        raise UserError(f"devices={devices}: at least 1 is needed")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError(f"mfu={mfu}: must be above 0 and at most 1")
+    mesh = resolve_mesh(config, devices)
+    bubble = pipeline_bubble(config, mesh)
+    ranks = plan_ranks(config, mesh, kind.name != "cpu")
+    shares = tuple(rank.share for rank in ranks)
+    fits = all(rank.footprint.fits(kind) for rank in ranks)
     plan = LevelPlan.from_config(config)
     counts = level_counts(config.model)
     flops = count_flops(config.model, config.train)
-    speed = expected_speed(config, flops, kind, devices, mfu)
+    speed = expected_speed(config, flops, kind, mesh, shares, links, mfu)
     return Plan(
         config=config,
         device=kind,
-        devices=devices,
+        interconnect=links,
+        mesh=mesh,
+        ranks=ranks,
+        bubble=bubble,
+        micro_batches=micro_batches(config, mesh),
+        gradient_ratio=gradient_ratio(config, shares),
         parameters=parameter_count(config.model),
         components=counts_by_component(config.model),
         levels=tuple(
@@ -138,26 +251,40 @@ def make_plan(config: RunConfig, device: str = "h200", devices: int = 1, mfu: fl
             if part.level is not None
         ),
         flops=flops,
-        footprint=footprint,
         state_bytes=state_bytes_per_sequence(config.model, config.train.context_length),
         speed=speed,
         fits=fits,
-        suggestions=() if fits else tuple(_suggest(config, kind)),
-        warnings=(*plan.warnings(), *_slow(speed, config)),
+        suggestions=() if fits else tuple(suggest(config, kind, mesh)),
+        warnings=(*plan.warnings(), *_slow(speed, config), *_thin(config, mesh)),
     )
 
 
-def _check(config: RunConfig, devices: int, mfu: float | None) -> None:
-    train = config.train
-    if devices < 1:
-        raise UserError(f"devices={devices}: at least 1 is needed")
-    if mfu is not None and not 0 < mfu <= 1:
-        raise UserError(f"mfu={mfu}: must be above 0 and at most 1")
-    share = devices * train.micro_batch_size * train.context_length
-    if train.batch_tokens % share:
-        raise UserError(
-            f"train.batch_tokens={train.batch_tokens} cannot be shared by {devices} devices: it is not a multiple of "
-            f"devices*micro_batch_size*context_length={devices}*{train.micro_batch_size}*{train.context_length}={share}"
+def plan_ranks(config: RunConfig, mesh: MeshSizes, on_accelerator: bool = True) -> tuple[Rank, ...]:
+    """What every pipeline rank of a mesh holds and communicates. Raises UserError for stages that do not fit."""
+    layer, head = training_costs(config)
+    shares = rank_shares(config, mesh)
+    mean = (config.model.n_layers * layer + head) / mesh.pp
+    return tuple(
+        Rank(
+            share=share,
+            parameters=sum(shard_numbers(mesh, share).values()),
+            kept=kept_levels(config, share),
+            in_flight=in_flight(config, mesh, share.rank),
+            cost=(share.layers * layer + share.has_head * head) / mean,
+            footprint=training_footprint(config, on_accelerator, mesh, share),
+            state_bytes=memory_state_bytes(config, mesh, share),
+            flows=rank_flows(config, mesh, share),
+        )
+        for share in shares
+    )
+
+
+def _thin(config: RunConfig, mesh: MeshSizes) -> Iterator[str]:
+    count, parts = micro_batches(config, mesh), part_count(config.parallel)
+    if count < parts:
+        yield (
+            f"{count} micro-batches cannot fill {parts} pipeline parts: lower train.micro_batch_size or parallel.pp, "
+            "or raise train.batch_tokens"
         )
 
 
@@ -165,50 +292,3 @@ def _slow(speed: Speed, config: RunConfig) -> Iterator[str]:
     if speed.bound == "kernel launches":
         compiled = "" if config.train.compile != "none" else " or set train.compile=memory"
         yield f"kernel launches bound the speed: raise train.micro_batch_size{compiled}"
-
-
-def _suggest(config: RunConfig, device: Device) -> Iterator[str]:
-    """Overrides from the cheapest in time to the dearest, added one after the other until the run fits."""
-    on_accelerator = device.name != "cpu"
-    best, best_peak = config, training_footprint(config, on_accelerator).peak
-    words: list[str] = []
-    for word, change in _cheaper(config, on_accelerator):
-        candidate = change(best)
-        footprint = training_footprint(candidate, on_accelerator)
-        if footprint.peak >= best_peak:
-            continue
-        best, best_peak = candidate, footprint.peak
-        words = [old for old in words if old.split("=")[0] != word.split("=")[0]] + [word]
-        if footprint.fits(device):
-            yield f"try {' '.join(words)}, which needs {best_peak / GIB:.1f} GiB"
-            return
-    if words:
-        yield f"even with {' '.join(words)} it needs {best_peak / GIB:.1f} GiB"
-    yield "take a device with more memory, a shorter train.context_length or a smaller model"
-
-
-def _cheaper(config: RunConfig, on_accelerator: bool) -> Iterator[tuple[str, Change]]:
-    """(override, function that applies it)."""
-
-    def train(**update: Any) -> Change:
-        return lambda run: run.model_copy(update={"train": run.train.model_copy(update=update)})
-
-    def memory(every: int) -> Change:
-        def apply(run: RunConfig) -> RunConfig:
-            new = run.model.model_copy(update={"memory": run.model.memory.model_copy(update={"save_every": every})})
-            return run.model_copy(update={"model": new})
-
-        return apply
-
-    if config.train.precision == "fp32" and on_accelerator:
-        yield "train.precision=bf16", train(precision="bf16")
-    if config.model.arch == "hope" and config.model.memory.save_every < 8:
-        yield "model.memory.save_every=8", memory(8)
-    if not config.train.recompute:
-        yield "train.recompute=true", train(recompute=True)
-    size = config.train.micro_batch_size
-    while size > 1:
-        size = next(smaller for smaller in range(size // 2, 0, -1) if config.train.micro_batch_size % smaller == 0)
-        yield f"train.micro_batch_size={size}", train(micro_batch_size=size)
-    if config.train.loss_chunk > 256:
-        yield "train.loss_chunk=256", train(loss_chunk=256)

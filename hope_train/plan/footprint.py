@@ -1,6 +1,6 @@
 """Bytes on one device while a run trains, term by term, and what a sequence costs at inference (no torch).
 
-Every device holds the whole model (data parallelism). Parameters, gradients and optimizer state are exact. Activations
+Parameters, gradients and optimizer state are exact for every mesh. Activations
 are what autograd keeps, counted from the model's eager code in units that follow from its shapes; a test measures them
 through torch's saved-tensor hooks. `train.compile` usually keeps less.
 """
@@ -10,11 +10,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hope_train.config.mesh import MeshSizes
 from hope_train.config.model import ModelConfig
+from hope_train.config.parallel import ParallelConfig
 from hope_train.config.tree import RunConfig
-from hope_train.levels.schedule import LevelPlan
+from hope_train.levels.schedule import LevelPlan, level_of
 from hope_train.plan.devices import GIB, Device
-from hope_train.plan.parameters import level_counts, memory_state_shapes, parameter_count, parameter_shapes
+from hope_train.plan.parameters import memory_state_shapes
+from hope_train.plan.pipeline import heads_in_flight, layers_in_flight, micro_batches
+from hope_train.plan.sharding import RankShare, padded_shard, rank_shares
+from hope_train.plan.stages import part_count
+from hope_train.plan.traffic import kept_levels, set_numbers
 
 FP32 = 4
 
@@ -56,41 +62,93 @@ def usable_bytes(device: Device) -> int:
     return int(device.memory_bytes * (1 - RESERVED_SHARE)) - (0 if device.name == "cpu" else CONTEXT_BYTES)
 
 
-def training_footprint(config: RunConfig, on_accelerator: bool = True) -> Footprint:
-    """The memory of one device, for `train.micro_batch_size` sequences of `train.context_length` tokens."""
+def training_footprint(
+    config: RunConfig,
+    on_accelerator: bool = True,
+    mesh: MeshSizes | None = None,
+    share: RankShare | None = None,
+) -> Footprint:
+    """The memory of one device, for micro-batches of `train.micro_batch_size` sequences of `train.context_length`.
+
+    mesh, share: the mesh and what the ranks at one place of its pipeline hold (`sharding.rank_shares`); without them
+    a device that holds the whole model.
+    """
+    if mesh is None or share is None:
+        config, mesh = config.model_copy(update={"parallel": ParallelConfig()}), MeshSizes()
+        share = rank_shares(config, mesh)[0]
     model, train = config.model, config.train
-    items = [*_static_items(config)]
+    items = [*_static_items(config, mesh, share), *_gathered_items(config, mesh, share)]
+    flight, heads = layers_in_flight(config, mesh, share), heads_in_flight(config, mesh)
     low = 2 if train.precision == "bf16" else FP32
     if low != FP32:
-        items.append(Item("bf16 copies of the weight matrices", low * _cast_matrices(model)))
+        copies = 1 if train.recompute else -(-flight // share.layers)
+        items.append(Item("bf16 copies of the weight matrices", low * copies * _cast_matrices(share)))
     tokens = train.micro_batch_size * train.context_length
-    kept, passing = _block_bytes(model, tokens, train.micro_batch_size, low)
-    block_input = FP32 * model.d_model * tokens
+    stream = tokens // mesh.tp if config.parallel.sequence_parallel else tokens
+    kept, passing = _block_bytes(model, tokens, stream, train.micro_batch_size, low, mesh.tp)
+    block_input = FP32 * model.d_model * stream
     if train.recompute:
-        items.append(Item("inputs of the blocks (recompute)", model.n_layers * block_input))
+        items.append(Item("inputs of the blocks (recompute)", flight * block_input))
         items.append(Item("one block's recomputed activations", sum(kept.values()) + passing, transient=True))
     else:
-        items += [Item(f"activations: {name}", model.n_layers * size) for name, size in kept.items()]
+        items += [Item(f"activations: {name}", flight * size) for name, size in kept.items()]
         if passing:
             items.append(Item("recomputed chunks of one layer", passing, transient=True))
-    # After the blocks: final norm and its input, the loss's gradients of hidden states and head.
-    items.append(Item("final hidden states and their gradient", 4 * block_input))
-    items.append(Item("gradient of the output head held by the loss", FP32 * model.vocab_size * model.d_model))
-    rows = min(train.loss_chunk, tokens)
-    logits = rows * model.vocab_size * (2 * FP32 + (2 * low if low != FP32 else 0))
-    items.append(Item("logits of one chunk", logits, transient=True))
-    items.append(Item("optimizer's temporaries", _step_bytes(config, on_accelerator), transient=True))
+    if mesh.pp > 1:
+        # Buffers in which activations and their gradients arrive: torch makes them for every micro-batch and part.
+        last = part_count(config.parallel) - 1
+        ends = sum((number > 0) + (number < last) for number, _ in share.parts)
+        buffers = micro_batches(config, mesh) * ends * block_input
+        items.append(Item("receive buffers of the pipeline", buffers))
+    if share.has_head:
+        # After the blocks: final norm and its input, the loss's gradients of hidden states and head.
+        whole = FP32 * model.d_model * tokens
+        items.append(Item("final hidden states and their gradient", heads * 2 * (block_input + whole)))
+        rows_of_head = share.shapes["embed.weight" if model.tie_embeddings else "head.weight"][0]
+        items.append(Item("gradient of the output head held by the loss", heads * FP32 * rows_of_head * model.d_model))
+        rows = min(train.loss_chunk, tokens)
+        logits = rows * rows_of_head * (2 * FP32 + (2 * low if low != FP32 else 0))
+        items.append(Item("logits of one chunk", logits, transient=True))
+    if mesh.dp_replicate > 1 and mesh.dp_shard == 1:
+        numbers, levels = set_numbers(share), model.cms.levels
+        slow = [count for level, count in numbers.items() if level is not None and levels[level].period > 1]
+        # Of the sets of period 1 together, of a slow one alone at its boundary.
+        most = max([sum(numbers.values()) - sum(slow), *slow])
+        items.append(Item("buckets of the reductions", FP32 * most, transient=True))
+    items.append(Item("optimizer's temporaries", _step_bytes(config, mesh, share, on_accelerator), transient=True))
     return Footprint(tuple(items))
 
 
-def _static_items(config: RunConfig) -> list[Item]:
-    """What exists between steps: fp32 weights, gradients, moments, accumulators, initial states."""
-    model = config.model
-    count, levels = parameter_count(model), level_counts(model)
+def shard_numbers(mesh: MeshSizes, share: RankShare) -> dict[int | None, int]:
+    """Parameters that a rank owns between steps, padding of its shards included, by level (None: the core)."""
+    numbers: dict[int | None, int] = {}
+    for name, shape in share.shapes.items():
+        level = level_of(name)
+        numbers[level] = numbers.get(level, 0) + padded_shard(shape, mesh.dp_shard)
+    return numbers
+
+
+def memory_state_bytes(config: RunConfig, mesh: MeshSizes, share: RankShare) -> int:
+    """Fast weights of one micro-batch in all layers of a rank, fp32: the live state, without what backward keeps."""
+    if config.model.arch != "hope":
+        return 0
+    weights = sum(math.prod(shape) for shape in memory_state_shapes(config.model).values())
+    return FP32 * share.layers * config.train.micro_batch_size * weights // mesh.tp
+
+
+def _static_items(config: RunConfig, mesh: MeshSizes, share: RankShare) -> list[Item]:
+    """What exists between steps: fp32 weights, gradients, moments, accumulators, initial states.
+
+    A slow level is reduced only at its boundary, so that its accumulator is whole on every rank, sharded or not.
+    """
+    own, whole = shard_numbers(mesh, share), set_numbers(share)
     plan = LevelPlan.from_config(config)
-    slow = sum(levels[part.level] for part in plan.sets if part.level is not None and part.period > 1)
+    slow = sum(whole.get(part.level, 0) for part in plan.sets if part.level is not None and part.period > 1)
     anchored_names = plan.anchored_sets()
-    anchored = sum(levels[part.level] for part in plan.sets if part.level is not None and part.name in anchored_names)
+    anchored = sum(
+        own.get(part.level, 0) for part in plan.sets if part.level is not None and part.name in anchored_names
+    )
+    count = sum(own.values())
     items = [
         Item("parameters (fp32)", FP32 * count),
         Item("gradients (fp32)", FP32 * count),
@@ -103,37 +161,74 @@ def _static_items(config: RunConfig) -> list[Item]:
     return items
 
 
-def _step_bytes(config: RunConfig, on_accelerator: bool) -> int:
+def _gathered_items(config: RunConfig, mesh: MeshSizes, share: RankShare) -> list[Item]:
+    """Sharding: what is gathered for longer than a product, and gradients that wait for the step's one reduction."""
+    if mesh.dp_shard == 1:
+        return []
+    numbers, kept = set_numbers(share), kept_levels(config, share)
+    periods = [level.period for level in config.model.cms.levels]
+    items = [
+        Item(f"level {level} kept gathered (period {periods[level]}, fp32)", FP32 * numbers[level]) for level in kept
+    ]
+    blocks: dict[str, int] = {}
+    outside = 0
+    for name, shape in share.shapes.items():
+        if not name.startswith("blocks."):
+            outside += math.prod(shape)
+        elif level_of(name) not in kept:
+            number = name.split(".")[1]
+            blocks[number] = blocks.get(number, 0) + math.prod(shape)
+    ahead = 2 * max(blocks.values(), default=0)  # the next block is gathered while one computes
+    items.append(Item("gathered: embedding, head and two blocks (fp32)", FP32 * (outside + ahead)))
+    fast = sum(count for level, count in numbers.items() if level is None or periods[level] == 1)
+    if micro_batches(config, mesh) > 1:
+        items.append(Item("whole gradients of the core and of levels of period 1 (fp32)", FP32 * fast))
+    else:
+        items.append(Item("whole gradients of the outside and two blocks (fp32)", FP32 * (outside + ahead)))
+    return items
+
+
+def _step_bytes(config: RunConfig, mesh: MeshSizes, share: RankShare, on_accelerator: bool) -> int:
     """The old weights that update ratios are measured against, and the fused-over-tensors kernels' square roots."""
-    levels = level_counts(config.model)
-    count = parameter_count(config.model)
-    largest_group = max([count - sum(levels.values()), *levels.values()])
+    own = shard_numbers(mesh, share)
     foreach = on_accelerator and not config.optimizer.fused
-    return FP32 * count + (FP32 * largest_group if foreach else 0)
+    return FP32 * sum(own.values()) + (FP32 * max(own.values()) if foreach else 0)
 
 
-def _cast_matrices(model: ModelConfig) -> int:
+def _cast_matrices(share: RankShare) -> int:
     """Weights of linear layers, which autocast copies once per micro-batch; the head's too."""
-    linear = sum(
+    return sum(
         math.prod(shape)
-        for name, shape in parameter_shapes(model).items()
-        if len(shape) == 2 and name.endswith(".weight") and not name.startswith(("embed.", "head."))
+        for name, shape in share.shapes.items()
+        if len(shape) == 2
+        and name.endswith(".weight")
+        and (share.has_head if name.startswith(("embed.", "head.")) else True)
+        and not (name.startswith("embed.") and "head.weight" in share.shapes)
     )
-    return linear + model.vocab_size * model.d_model
 
 
-def _block_bytes(model: ModelConfig, tokens: int, sequences: int, low: int) -> tuple[dict[str, int], int]:
+def _block_bytes(
+    model: ModelConfig, tokens: int, stream: int, sequences: int, low: int, tp: int
+) -> tuple[dict[str, int], int]:
     """One block: bytes kept for backward by part, and bytes that exist only while chunks are recomputed.
 
     The factors count tensors that autograd keeps per token: `low` bytes each where autocast makes them, 4 where not.
+    stream: tokens of the residual stream and the norms on this rank (fewer with sequence parallelism). The gathered
+    input of a product is whole on every tensor-parallel rank; what is per head or hidden unit is split.
     """
     width = model.d_model
     kept: dict[str, int] = {}
     passing = 0
+
+    def part(everything: float, inner: float = 0.0) -> int:
+        """Of `everything` per channel the stream's 8 bytes follow its tokens, `low` are gathered, the rest is split."""
+        rest = (everything - 8 - low) * width + inner
+        return round(8 * width * stream + low * width * tokens + rest * tokens / tp)
+
     if model.arch == "hope":
-        kept["projections, convolution, norms"] = (22 + 5 * low) * width * tokens
+        kept["projections, convolution, norms"] = part(22 + 5 * low)
         memory, values = model.memory, saved_memory_values(model)
-        per_token = {group: FP32 * model.n_heads * value for group, value in values.items()}
+        per_token = {group: FP32 * model.n_heads / tp * value for group, value in values.items()}
         every = memory.save_every
         if every == 1:
             kept["memories inside their chunks"] = round(sum(per_token.values()) * tokens)
@@ -142,8 +237,8 @@ def _block_bytes(model: ModelConfig, tokens: int, sequences: int, low: int) -> t
             inputs = (2 - memory.adaptive_q) * width
             if "joint" not in values:
                 inputs = 4 * width + 2 * model.n_heads
-            kept["inputs of the memories"] = FP32 * inputs * tokens
-            kept[f"every {every}th chunk state"] = round(saved_state_bytes(model) * tokens / every)
+            kept["inputs of the memories"] = FP32 * inputs * tokens // tp
+            kept[f"every {every}th chunk state"] = round(saved_state_bytes(model) * tokens / every / tp)
             # One batch of chunks at a time is recomputed: of all memories together, or of one scan after the other.
             chunks = {
                 "joint": memory.chunk_size,
@@ -154,11 +249,11 @@ def _block_bytes(model: ModelConfig, tokens: int, sequences: int, low: int) -> t
                 round(size * min(tokens, sequences * chunks[group] * every)) for group, size in per_token.items()
             )
     else:
-        kept["attention and its norm"] = (16 + 4 * low) * width * tokens
+        kept["attention and its norm"] = part(16 + 4 * low)
     hidden = [(model.mlp_width or 0, True)] if model.arch == "transformer_pp" else []
     hidden += [(level.width, level.activation == "swiglu") for level in model.cms.levels]
-    mlp = sum(12 * width + (4 if gated else 2) * low * inner for inner, gated in hidden)
-    kept["MLP" if model.arch == "transformer_pp" else "CMS levels"] = mlp * tokens
+    mlp = sum(part(12, (4 if gated else 2) * low * inner) for inner, gated in hidden)
+    kept["MLP" if model.arch == "transformer_pp" else "CMS levels"] = mlp
     return kept, passing
 
 

@@ -22,12 +22,14 @@ def plan_command(
     devices: int = 1,
     as_json: bool = False,
     mfu: float | None = None,
+    interconnect: str | None = None,
 ) -> int:
     """Print the plan of the run in file `config`. Returns 0, also when it does not fit: that is an answer.
 
-    Raises UserError for a bad configuration, an unknown device (with the nearest names), a batch that cannot be shared.
+    Raises UserError for a bad configuration, an unknown device or interconnect (with the nearest names), a mesh that
+    devices, model or batch do not fit.
     """
-    plan = make_plan(load_config(config, overrides), device, devices, mfu)
+    plan = make_plan(load_config(config, overrides), device, devices, mfu, interconnect)
     if as_json:
         print(json.dumps(plan.to_dict()))
         return 0
@@ -37,6 +39,9 @@ def plan_command(
     console.print(_parameters(plan))
     console.print(_flops(plan))
     console.print(_memory(plan))
+    if plan.devices > 1:
+        console.print(_ranks(plan))
+        console.print(_communication(plan))
     _time(plan, console)
     style = "bold green" if plan.fits else "bold red"
     console.print(plan.verdict, style=style, soft_wrap=True)
@@ -88,7 +93,8 @@ def _flops(plan: Plan) -> Table:
 def _memory(plan: Plan) -> Table:
     train = plan.config.train
     batch = f"{train.micro_batch_size} sequences of {train.context_length:,} tokens"
-    table = _table(f"memory of one device, {batch}, {train.precision}", "held", "GiB")
+    rank = f"pipeline rank {plan.fullest.share.rank}, the fullest" if plan.mesh.pp > 1 else "one device"
+    table = _table(f"memory of {rank}, {batch}, {train.precision}", "held", "GiB")
     for item in plan.footprint.items:
         if not item.transient:
             table.add_row(item.name, _gib(item.bytes))
@@ -103,6 +109,54 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
+def _ranks(plan: Plan) -> Table:
+    title = f"mesh {plan.mesh}, {plan.micro_batches} micro-batches per step, {plan.interconnect.name}"
+    table = _table(title, "pipeline rank", "layers", "parameters", "kept gathered", "in flight", "cost", "peak GiB")
+    for rank in plan.ranks:
+        share = rank.share
+        layers = "+".join(str(layers) for _, layers in share.parts)
+        ends = "".join(
+            f", {name}" for name, held in (("embedding", share.has_embedding), ("head", share.has_head)) if held
+        )
+        table.add_row(
+            f"{share.rank}{ends}",
+            layers,
+            f"{rank.parameters:,}",
+            ", ".join(f"level {level}" for level in rank.kept) or "-",
+            str(rank.in_flight),
+            f"{rank.cost:.2f}",
+            _gib(rank.footprint.peak),
+        )
+    return table
+
+
+def _communication(plan: Plan) -> Table:
+    """Of the pipeline rank that communicates most, whatever the kind."""
+    rank = max(plan.ranks, key=lambda rank: sum(flow.wire for flow in rank.flows))
+    where = f" of pipeline rank {rank.share.rank}, the busiest," if plan.mesh.pp > 1 else " of one device"
+    title = f"communication{where} per step, averaged over a cycle of the periods"
+    table = _table(title, "kind", "operation", "ranks", "calls", "MiB", "MiB, all due", "MiB on the wire", "over")
+    for flow in rank.flows:
+        table.add_row(
+            f"{flow.kind}: {flow.name}",
+            flow.operation,
+            str(flow.ranks),
+            f"{flow.calls:,.2f}".rstrip("0").rstrip("."),
+            _mib(flow.payload),
+            _mib(flow.worst),
+            _mib(flow.wire),
+            plan.interconnect.link(plan.mesh, flow.dim).name,
+        )
+    if plan.mesh.dp > 1:
+        table.caption = f"data-parallel gradient bytes: {plan.gradient_ratio:.1%} of those with all periods 1"
+        table.caption_justify = "left"
+    return table
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.2f}"
+
+
 def _time(plan: Plan, console: Console) -> None:
     speed, train = plan.speed, plan.config.train
     per_step = train.batch_tokens / speed.tokens_per_s
@@ -111,6 +165,10 @@ def _time(plan: Plan, console: Console) -> None:
         f"{_duration(speed.days)} for {train.tokens:,} tokens, MFU {speed.mfu:.1%}, bound by {speed.bound}",
         soft_wrap=True,
     )
+    if plan.devices > 1:
+        share = {"computing": speed.busy_seconds, "bubble": speed.bubble_seconds, "exposed": speed.exposed_seconds}
+        text = ", ".join(f"{name} {seconds / speed.step_seconds:.1%}" for name, seconds in share.items())
+        console.print(f"of a step: {text} communication; bubble: {plan.bubble.formula}", soft_wrap=True)
     console.print(f"assumed, not measured: {'; '.join(speed.assumptions)}", style="dim", soft_wrap=True)
 
 

@@ -6,11 +6,17 @@ measured MFU (`mfu=`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hope_train.config.mesh import MeshSizes
 from hope_train.config.tree import RunConfig
 from hope_train.plan.devices import Device
 from hope_train.plan.flops import FlopCount
+from hope_train.plan.interconnect import Interconnect
+from hope_train.plan.pipeline import micro_batches, pipeline_bubble
+from hope_train.plan.sharding import RankShare
+from hope_train.plan.traffic import Flow, rank_flows
 
 EFFICIENCY = 0.4
 """Share of its peak that a matrix product reaches in training, on accelerators and CPUs alike."""
@@ -38,6 +44,14 @@ LAYER_KERNELS = (60, 85)
 """Kernels per layer outside the memories, forward and backward."""
 
 
+LINK_EFFICIENCY = 0.75
+"""Share of a link's bandwidth that a large collective reaches."""
+
+EXPOSED = {"tp": 1.0, "sequence": 1.0, "pp": 0.5, "dp reduce": 0.25, "dp gather": 0.25}
+"""Share of each kind of communication that no computation hides: nothing runs beside a layer's own exchange, and
+most of the data parallelism runs beside backward and the next blocks."""
+
+
 @dataclass(frozen=True)
 class Speed:
     """Expected speed of the whole job."""
@@ -50,24 +64,53 @@ class Speed:
     """Model FLOPs (no recomputation) per second over the peak at the run's precision."""
 
     bound: str
-    """`compute`, `kernel launches`, or `given mfu`."""
+    """`compute`, `kernel launches`, `communication` or `given mfu`."""
 
     assumptions: tuple[str, ...]
 
+    step_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    """Of a step: what the busiest pipeline rank computes."""
+
+    bubble_seconds: float = 0.0
+    """Of a step: the pipeline's idle time."""
+
+    exposed_seconds: float = 0.0
+    """Of a step: communication that nothing hides, on the pipeline rank with most of it."""
+
+    communication_seconds: tuple[tuple[str, float], ...] = ()
+    """By kind, hidden or not, averaged over a cycle of the periods; of that same rank."""
+
 
 def expected_speed(
-    config: RunConfig, flops: FlopCount, device: Device, devices: int, mfu: float | None = None
+    config: RunConfig,
+    flops: FlopCount,
+    device: Device,
+    mesh: MeshSizes,
+    shares: Sequence[RankShare],
+    interconnect: Interconnect,
+    mfu: float | None = None,
 ) -> Speed:
-    """Speed on `devices` devices without counting communication. `mfu` in (0, 1] replaces all assumptions."""
+    """Speed of the whole mesh. `mfu` in (0, 1] is that of one device alone and replaces all assumptions on computing.
+
+    A step is the busiest stage's computing, the bubble of the schedule, and the communication that nothing hides.
+    """
     train = config.train
     peak = device.peak(train.precision)
+    count = micro_batches(config, mesh)
+    tokens = count * train.micro_batch_size * train.context_length
+    # Seconds per token of the head, and of a layer: what the head leaves.
+    head = 3 * flops.head / (peak * (mfu or EFFICIENCY))
+    whole = compute_seconds(config, flops, device) if mfu is None else flops.training / (peak * mfu)
+    layer = (whole - head) / flops.n_layers
+    compute = max(tokens * (share.layers * layer + share.has_head * head) for share in shares) / mesh.tp
     if mfu is not None:
-        seconds, bound = flops.training / (peak * mfu), "given mfu"
+        busy, bound = compute, "given mfu"
         assumptions = [f"MFU {mfu:.1%} as given"]
     else:
-        compute = compute_seconds(config, flops, device)
-        launches = launch_seconds(config)
-        seconds, bound = (compute, "compute") if compute >= launches else (launches, "kernel launches")
+        # Every tensor-parallel rank launches all of the kernels.
+        launches = tokens * max(share.layers for share in shares) * launch_seconds(config) / flops.n_layers
+        busy, bound = (compute, "compute") if compute >= launches else (launches, "kernel launches")
         assumptions = [
             f"products reach {EFFICIENCY:.0%} of their peak",
             f"{LAUNCH_SECONDS * 1e6:.0f} us per kernel launch"
@@ -75,16 +118,45 @@ def expected_speed(
         ]
         if train.precision == "bf16" and config.model.arch == "hope":
             assumptions.append("the memories' products run in fp32")
-    if devices > 1:
-        assumptions.append("communication is not counted")
-    rate = devices / seconds
+    idle = busy * pipeline_bubble(config, mesh).overhead
+    by_rank = [communication(rank_flows(config, mesh, share), mesh, interconnect) for share in shares]
+    exposed, kinds = max(((exposed_seconds(kinds, busy), kinds) for kinds in by_rank), key=lambda pair: pair[0])
+    if mesh.world > 1:
+        shown = ", ".join(f"{kind} {EXPOSED[kind]:.0%}" for kind in kinds)
+        assumptions.append(f"links reach {LINK_EFFICIENCY:.0%} of their bandwidth; exposed of communication: {shown}")
+    if exposed > busy:
+        bound = "communication"
+    step = busy + idle + exposed
+    rate = train.batch_tokens / step
     return Speed(
         tokens_per_s=rate,
-        days=train.total_steps * train.batch_tokens / rate / 86400,
-        mfu=flops.training * rate / devices / peak,
+        days=train.total_steps * step / 86400,
+        mfu=flops.training * rate / mesh.world / peak,
         bound=bound,
         assumptions=tuple(assumptions),
+        step_seconds=step,
+        busy_seconds=busy,
+        bubble_seconds=idle,
+        exposed_seconds=exposed,
+        communication_seconds=tuple(kinds.items()),
     )
+
+
+def communication(flows: Sequence[Flow], mesh: MeshSizes, interconnect: Interconnect) -> dict[str, float]:
+    """Seconds per step by kind, whether hidden or not."""
+    seconds: dict[str, float] = {}
+    for flow in flows:
+        link = interconnect.link(mesh, flow.dim)
+        time = flow.wire / (link.bandwidth * LINK_EFFICIENCY) + flow.calls * link.latency
+        seconds[flow.kind] = seconds.get(flow.kind, 0.0) + time
+    return seconds
+
+
+def exposed_seconds(kinds: dict[str, float], busy: float) -> float:
+    """What nothing hides: the assumed share of every kind, and what is longer than the computing beside it."""
+    exposed = sum(EXPOSED[kind] * seconds for kind, seconds in kinds.items())
+    hidden = sum(kinds.values()) - exposed
+    return exposed + max(0.0, hidden - busy)
 
 
 def compute_seconds(config: RunConfig, flops: FlopCount, device: Device) -> float:
