@@ -31,7 +31,6 @@ FLOORS: dict[str, float] = {
     "hope_train.evaluate.commands": 4,
     "hope_train.checkpoint": 3,
     "hope_train.parallel": 2.7,
-    "hope_train.parallel": 2.7,
     "hope_train.evaluate": 2.5,
     "hope_train.model": 2,
     "hope_train.levels": 2,
