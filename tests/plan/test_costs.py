@@ -98,7 +98,8 @@ def test_levels_count_their_updates():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"devices": 7}, "7 data-parallel ranks"), ({"devices": 0}, "at least 1"), ({"mfu": 1.5}, "mfu")]
+    ("options", "message"),
+    [({"devices": 7}, "7 data-parallel ranks"), ({"devices": 0}, "at least 1"), ({"mfu": 1.5}, "mfu")],
 )
 def test_bad_questions(options, message):
     with pytest.raises(UserError, match=message):
