@@ -31,34 +31,52 @@ class Team:
         return self.rank == 0
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """What `action` gives on rank 0, on every rank (as a pickled copy). Its UserError is raised on all of them."""
-        return self.together(lambda: action() if self.leads else None)[0]  # type: ignore[return-value]
+        """What `action` gives on rank 0, on every rank (as a pickled copy). If it fails there, it fails on all."""
+        if self.group is None:
+            return action()
+        found: list[T] = []
+        self.together(lambda: found.append(action()) if self.leads else None)
+        box: list[Any] = [found[0] if found else None]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        value: T = box[0]
+        return value
 
-    def together(self, action: Callable[[], T]) -> list[T]:
-        """Do something on every rank; what each of them got. If it fails on one, it fails on all.
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something on every rank; what this one got. If it fails on one, it fails on all.
 
         Raises UserError where a rank did (the first such rank's), the rank's own exception for anything else, and
         RuntimeError on the others.
         """
         if self.group is None:
-            return [action()]
-        outcome: tuple[Any, str | None, bool]
+            return action()
+        value: Any = None
         failure: Exception | None = None
         try:
-            outcome = (action(), None, False)
+            value = action()
         except Exception as error:
             failure = error
-            outcome = (None, str(error) or type(error).__name__, isinstance(error, UserError))
-        outcomes: list[Any] = [None] * self.ranks
-        dist.all_gather_object(outcomes, outcome, group=self.group)
+        mine = None if failure is None else (str(failure) or type(failure).__name__, isinstance(failure, UserError))
+        messages: list[tuple[str, bool] | None] = [None] * self.ranks
+        dist.all_gather_object(messages, mine, group=self.group)
         if failure is not None and not isinstance(failure, UserError):
             raise failure
-        for rank, (_, message, users) in enumerate(outcomes):
-            if message is not None and users:
-                raise UserError(message) if self.leads else SharedError(message)
-            if message is not None:
+        for rank, entry in enumerate(messages):
+            if entry is not None:
+                message, users = entry
+                if users:
+                    raise UserError(message) if self.leads else SharedError(message)
                 raise RuntimeError(f"rank {rank} failed: {message}")
-        return [value for value, _, _ in outcomes]
+        result: T = value
+        return result
+
+    def alike(self, action: Callable[[], T]) -> T:
+        """Something that fails on every rank or on none: rank 0 reports it."""
+        try:
+            return action()
+        except UserError as error:
+            if self.leads:
+                raise
+            raise SharedError(str(error)) from None
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """Entry by entry the largest value that any rank has."""

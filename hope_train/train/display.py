@@ -15,9 +15,12 @@ LINE_SECONDS = 10.0
 class Display:
     """Prints to stdout, or to stderr where stdout is for JSON. May be called from any thread."""
 
-    def __init__(self, bar: bool, to_stderr: bool = False) -> None:
-        self._console = Console(stderr=to_stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
-        self._wants_bar = bar and self._console.is_terminal
+    def __init__(self, bar: bool, to_stderr: bool = False, silent: bool = False) -> None:
+        """`silent`: print nothing at all (one process of a run speaks for all)."""
+        self._console = Console(
+            stderr=to_stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, quiet=silent
+        )
+        self._wants_bar = bar and self._console.is_terminal and not silent
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._printed = -LINE_SECONDS

@@ -21,7 +21,10 @@ def evaluation_is_due(run: Session) -> bool:
 
 def is_evaluated(run: Session, split: str) -> bool:
     """Whether eval.jsonl has this split at this step already (written before a stop)."""
-    return any(row.get("step") == run.progress.step and row.get("split") == split for row in rows(run.evaluations.path))
+    step = run.progress.step
+    return run.engine.mesh.team.on_first(
+        lambda: any(row.get("step") == step and row.get("split") == split for row in rows(run.evaluations.path))
+    )
 
 
 def evaluate(run: Session, stop: StopRequest, split: str) -> bool:
@@ -51,7 +54,8 @@ def validation_rows(run: Session) -> list[Row]:
     source, limit = run.data.validation, run.config.eval.validation_batches
     if source is None or limit == 0:
         return []
-    batches = source.validation_batches(run.config.train.micro_batch_size, limit)
+    shares = run.evaluator.shares
+    batches = source.validation_batches(run.config.train.micro_batch_size, limit, shares.rank, shares.ranks)
     return [run.evaluator.validation_row(run.model, batches, run.progress.step, run.progress.tokens)]
 
 

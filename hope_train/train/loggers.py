@@ -42,10 +42,12 @@ def check_loggers(config: RunConfig) -> None:
 class Loggers:
     """All that are asked for. A logger that fails is named in one line and left out from then on."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, step: int, tell: Tell) -> None:
-        """`step`: where the run goes on from."""
+    def __init__(self, config: RunConfig, run_dir: Path, step: int, tell: Tell, silent: bool = False) -> None:
+        """`step`: where the run goes on from. `silent`: another process logs."""
         self._tell = tell
         self._active: dict[str, Logger] = {}
+        if silent:
+            return
         if config.log.tensorboard:
             self._guard("TensorBoard", lambda: self._start("TensorBoard", TensorBoard(run_dir, step)))
         if config.log.wandb:

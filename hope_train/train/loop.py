@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from data_pipelines.batches import Batch
 from hope_train.levels.report import StepReport
-from hope_train.model.loss import IGNORED
 from hope_train.train.evaluation import evaluate, evaluation_is_due, is_evaluated
 from hope_train.train.metrics import Row, peak_memory_bytes
 from hope_train.train.saving import check_background_save, check_ownership, finish_background_save, save, write_line
 from hope_train.train.session import Session
 from hope_train.train.signals import StopRequest
+from hope_train.train.step import optimizer_step
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,8 @@ def train(run: Session, stop: StopRequest) -> Outcome:
         evaluate(run, stop, "validation")
 
     while progress.step < run.total_steps:
-        if (asked := stop.asked()) is not None:
+        run.still_ours()
+        if (asked := stop.asked_by_any(run.engine.mesh.team)) is not None:
             save(run, last=True)
             stop.obeyed()
             return Outcome("signal", asked)
@@ -94,7 +91,7 @@ def train(run: Session, stop: StopRequest) -> Outcome:
     save(run, last=True)
     for split in ("validation", "test") if config.eval.test_at_end else ("validation",):
         if not is_evaluated(run, split) and not evaluate(run, stop, split):
-            stop_reason = stop.asked()
+            stop_reason = stop.asked()  # an evaluation is cut short in a run of one process only
             stop.obeyed()
             return Outcome("signal", stop_reason)
     return Outcome("completed")
@@ -104,40 +101,9 @@ def take_step(run: Session, index: int, measure: bool) -> tuple[float, StepRepor
     """One optimizer step on global batch `index`.
 
     Returns the mean loss in nats per scored token, the optimizer's report, and, if the step was refused, the windows
-    of the training text that its not-finite micro-batches held (all of the batch's, if only a gradient was not finite).
+    of the training text that are to blame.
     """
-    config, device = run.config.train, run.device
-    batch = run.data.train.batch(index)
-    scored = int((batch.targets != IGNORED).sum())
-    sums = []
-    for tokens_BT, targets_BT, starts_BT in micro_batches(batch, config.micro_batch_size, device):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
-            nll, _ = run.model.loss(tokens_BT, targets_BT, starts_BT, config.loss_chunk)
-        # Divided by the whole step's count, so that the gradient is the mean over all its tokens, however they are cut.
-        (nll / max(scored, 1)).backward()
-        sums.append(nll.detach())
-    sums_M = torch.stack(sums).double()
-    loss = float(sums_M.sum()) / max(scored, 1)
-    report = run.optimizer.step(tokens=scored, loss=loss, measure=measure)
-    run.optimizer.zero_grad()
-    if report.applied:
-        return loss, report, []
-    windows = run.data.train.window_numbers(index * len(batch.tokens), len(batch.tokens))
-    finite = torch.isfinite(sums_M).cpu().numpy()
-    bad = np.repeat(~finite, config.micro_batch_size)[: len(windows)]
-    return loss, report, (windows if finite.all() else windows[bad]).tolist()
-
-
-def micro_batches(batch: Batch, rows_each: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """(tokens, targets, starts or None), each [rows_each, T], on `device`."""
-    for first in range(0, len(batch.tokens), rows_each):
-        part = slice(first, first + rows_each)
-        starts_BT = None if batch.starts is None else torch.from_numpy(batch.starts[part]).to(device)
-        yield (
-            torch.from_numpy(batch.tokens[part]).to(device),
-            torch.from_numpy(batch.targets[part]).to(device),
-            starts_BT,
-        )
+    return optimizer_step(run.engine, run.data.train, run.config.train, index, measure)
 
 
 def metrics_row(run: Session, loss: float, report: StepReport, tokens: int) -> Row:

@@ -64,6 +64,25 @@ class JsonLines:
             os.close(self._file)
 
 
+class NoLines(JsonLines):
+    """In the place of a file that another process of the run writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, row: Row) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def cut_back(path: Path, step: int, suffix: str) -> int:
     """Leave in a file only whole rows of steps up to `step`; the rest is kept beside it, under a name with `suffix`.
 

@@ -13,6 +13,11 @@ import torch
 from hope_train.checkpoint.fence import FencedError
 from hope_train.checkpoint.writer import SaveError
 from hope_train.config.load import load_config
+from hope_train.config.mesh import resolve_mesh
+from hope_train.config.tree import RunConfig
+from hope_train.evaluate.run_files import pick_device
+from hope_train.parallel.mesh import Mesh, close_mesh, open_mesh, process_rank, world_size
+from hope_train.parallel.team import SharedError, Team
 from hope_train.train import rundir
 from hope_train.train.display import Display
 from hope_train.train.evaluation import FIGURES
@@ -21,7 +26,7 @@ from hope_train.train.metrics import strict
 from hope_train.train.session import Session, open_session
 from hope_train.train.signals import StopRequest
 
-COMPLETED, CRASHED, NOT_FINITE = 0, 1, 3
+COMPLETED, CRASHED, WRONG_INPUT, NOT_FINITE = 0, 1, 2, 3
 
 
 def train_command(config: str, overrides: Sequence[str], resume: str, force_config: bool, as_json: bool) -> int:
@@ -39,17 +44,34 @@ def train_command(config: str, overrides: Sequence[str], resume: str, force_conf
         taken the run over; 3 stopped because the loss was not finite.
 
     Raises:
-        UserError: something is wrong with the input; nothing has been started.
+        UserError: something is wrong with the input; nothing has been started. Of several processes the first raises
+            it, and the others return 2.
     """
-    settings = load_config(config, overrides)
-    display = Display(settings.log.progress, to_stderr=as_json)
-    run = open_session(settings, resume, force_config, display)
+    team = Team(process_rank(), world_size())
+    try:
+        settings = team.alike(lambda: load_config(config, overrides))
+        team.alike(lambda: resolve_mesh(settings, world_size()))
+        mesh = open_mesh(settings, pick_device(settings.train.device))
+        code = train_on(mesh, settings, resume, force_config, as_json)
+    except SharedError:
+        return WRONG_INPUT
+    close_mesh()
+    return code
+
+
+def train_on(mesh: Mesh, settings: RunConfig, resume: str, force_config: bool, as_json: bool) -> int:
+    """`train_command` of every process of the mesh. Raises UserError."""
+    leads = mesh.team.leads
+    display = Display(settings.log.progress, to_stderr=as_json, silent=not leads)
+    run = mesh.team.alike(lambda: open_session(settings, resume, force_config, display, mesh))
     if run is None:
         run_dir = Path(settings.run_dir).expanduser()
         display.say(f"{run_dir} is complete ({settings.train.total_steps} steps): nothing to do")
-        if as_json:
+        if as_json and leads:
             print(json.dumps(rundir.read_stopped(run_dir), ensure_ascii=False))
         return COMPLETED
+    if mesh.sizes.world > 1:
+        display.say(f"{mesh.sizes.world} processes: {mesh.sizes}")
     try:
         return execute(run, as_json)
     finally:
@@ -59,7 +81,7 @@ def train_command(config: str, overrides: Sequence[str], resume: str, force_conf
 def execute(run: Session, as_json: bool = False) -> int:
     """Train an open run, leave the marker that says why it stopped, and print a summary. Returns the exit code."""
     try:
-        with StopRequest(run.run_dir) as stop:
+        with StopRequest(run.run_dir, alone=run.engine.mesh.team.ranks == 1) as stop:
             outcome = train(run, stop)
     except FencedError as error:
         run.display.say(f"stopped: {error}")
@@ -81,7 +103,7 @@ def execute(run: Session, as_json: bool = False) -> int:
     mark(run, outcome)
     run.display.stop()
     summary = summarise(run, outcome)
-    if as_json:
+    if as_json and run.leads:
         print(json.dumps(strict(summary), ensure_ascii=False), flush=True)
     else:
         for line in summary_lines(summary):
@@ -91,6 +113,8 @@ def execute(run: Session, as_json: bool = False) -> int:
 
 def mark(run: Session, outcome: Outcome) -> None:
     """Write STOPPED.json. A disk too full for it is only worth a line: something else is going on already."""
+    if not run.leads:
+        return
     more = {"checkpoint": _newest(run), "detail": outcome.detail}
     try:
         run.writer.fence.check()

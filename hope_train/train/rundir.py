@@ -40,7 +40,7 @@ Changes = dict[str, tuple[Any, Any]]
 # Keys that may change between two starts of a run: they change neither what is learnt nor on what.
 # (The tokenizer's and the sources' contents are compared by their fingerprints, wherever the files lie.)
 FREE = (
-    *("name", "dir", "log", "checkpoint", "eval", "data.tokenizer", "data.cache_dir", "data.hub_timeout"),
+    *("name", "dir", "log", "checkpoint", "eval", "parallel", "data.tokenizer", "data.cache_dir", "data.hub_timeout"),
     *("train.device", "train.threads", "train.log_every", "train.nan_patience"),
 )
 
@@ -184,6 +184,7 @@ def environment(incarnation: str, step: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "pid": os.getpid(),

@@ -24,7 +24,8 @@ def save(run: Session, last: bool = False) -> None:
             return
         for file in (run.metrics, run.evaluations):
             sync(run, file)
-        state = training_state(run.model, run.optimizer)
+        run.optimizer.fold()
+        state = run.engine.wrap(training_state(run.model, run.optimizer))
         try:
             # During a row of refused steps the older checkpoints may be the better ones: none is deleted then.
             run.writer.save(state, facts(run), wait=last, prune=run.progress.refused == 0)
@@ -32,12 +33,15 @@ def save(run: Session, last: bool = False) -> None:
             if last:
                 raise
             warn(run, error)
+        finally:
+            run.optimizer.unfold()
 
 
 def check_background_save(run: Session) -> None:
     """Notice a background save that has failed. Raises FencedError."""
     try:
-        run.writer.poll()
+        with run.losing():
+            run.writer.poll()
     except SaveError as error:
         warn(run, error)
 
@@ -52,8 +56,9 @@ def finish_background_save(run: Session) -> None:
 
 def check_ownership(run: Session) -> None:
     """Raises FencedError when the run is another process's now. A file that cannot be read just now says nothing."""
-    with suppress(OSError):
-        run.writer.fence.check()
+    if run.engine.mesh.team.leads:
+        with suppress(OSError), run.losing():
+            run.writer.fence.check()
 
 
 def warn(run: Session, error: SaveError) -> None:
@@ -78,6 +83,8 @@ def facts(run: Session) -> Facts:
 
 def write_line(run: Session, file: JsonLines, row: Row) -> None:
     """Append to a log. A disk that is full for a while costs no line and no run."""
+    if run.lost is not None:
+        return
     try:
         file.write(row)
     except OSError as error:

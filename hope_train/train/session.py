@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 
 from data_pipelines.batches import DataBundle, open_data, open_tokenizer
-from hope_train.checkpoint.fence import refuse_if_in_use
+from hope_train.checkpoint.fence import FencedError, refuse_if_in_use
 from hope_train.checkpoint.manifest import CHECKPOINTS, Manifest, list_checkpoints
 from hope_train.checkpoint.store import find_checkpoint, load_state, newest_whole, read_trainer
 from hope_train.checkpoint.tensors import training_state
@@ -17,14 +19,14 @@ from hope_train.checkpoint.writer import CheckpointWriter
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.evaluate.loop import Evaluator
-from hope_train.evaluate.run_files import pick_device
-from hope_train.levels.build import build_optimizer
 from hope_train.levels.optimizer import LevelOptimizer
-from hope_train.model.hope import HopeModel, build_model
+from hope_train.model.hope import HopeModel
+from hope_train.parallel.engine import Engine, build_engine
+from hope_train.parallel.mesh import Mesh
 from hope_train.train import randomness, rundir
 from hope_train.train.display import Display
 from hope_train.train.loggers import Loggers, check_loggers
-from hope_train.train.metrics import JsonLines, Stopwatch
+from hope_train.train.metrics import JsonLines, NoLines, Stopwatch
 
 
 @dataclass
@@ -50,10 +52,8 @@ class Session:
 
     config: RunConfig
     run_dir: Path
-    device: torch.device
     data: DataBundle
-    model: HopeModel
-    optimizer: LevelOptimizer
+    engine: Engine
     evaluator: Evaluator
     progress: Progress
     writer: CheckpointWriter
@@ -62,6 +62,45 @@ class Session:
     loggers: Loggers
     display: Display
     clock: Stopwatch
+    lost: FencedError | None = None
+    """With several processes: this one has noticed that the run is another's, and the others do not know yet."""
+
+    @property
+    def model(self) -> HopeModel:
+        """The model, or this rank's part of it."""
+        return self.engine.model
+
+    @property
+    def optimizer(self) -> LevelOptimizer:
+        """Of `model`."""
+        return self.engine.optimizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.engine.mesh.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks and writes for the run."""
+        return self.engine.mesh.team.leads
+
+    @contextmanager
+    def losing(self) -> Iterator[None]:
+        """A block that may find that the run is another's. One process stops at once; of several, one that stopped
+        alone would leave the others waiting, so it is kept for `still_ours`.
+        """
+        try:
+            yield
+        except FencedError as error:
+            if self.engine.mesh.team.ranks == 1:
+                raise
+            self.lost = error
+
+    def still_ours(self) -> None:
+        """Raises FencedError on every rank if one of them has lost the run."""
+        if self.engine.mesh.team.largest([int(self.lost is not None)])[0]:
+            raise self.lost or FencedError("another process has taken the run over: this one stops")
 
     @property
     def total_steps(self) -> int:
@@ -76,7 +115,8 @@ class Session:
             self.metrics.close()
         finally:
             self.evaluations.close()
-            self.writer.fence.release()
+            if self.leads:
+                self.writer.fence.release()
 
 
 def is_complete(config: RunConfig, run_dir: Path) -> bool:
@@ -85,10 +125,11 @@ def is_complete(config: RunConfig, run_dir: Path) -> bool:
     return stopped.get("reason") == "completed" and stopped.get("step", 0) >= config.train.total_steps
 
 
-def open_session(config: RunConfig, resume: str, force: bool, display: Display) -> Session | None:
+def open_session(config: RunConfig, resume: str, force: bool, display: Display, mesh: Mesh) -> Session | None:
     """Check everything, build model and optimizer, load the checkpoint to go on from, and take the directory over.
 
-    Nothing is written (but the cache of tokenised text) before all checks have passed.
+    Nothing is written (but the cache of tokenised text) before all checks have passed. Every rank of the mesh calls
+    it; the first one looks at the run directory, and a mistake is every rank's end.
 
     Args:
         resume: `auto`, `never`, or the checkpoint to go on from.
@@ -100,58 +141,67 @@ def open_session(config: RunConfig, resume: str, force: bool, display: Display) 
     Raises:
         UserError: whatever is wrong with the input.
     """
-    run_dir = Path(config.run_dir).expanduser()
-    rundir.check_directory(run_dir)
-    refuse_if_in_use(run_dir)
-    check_loggers(config)
-    device = pick_device(config.train.device)
-    tokenizer = open_tokenizer(config.data, config.model.vocab_size)
-    changed = rundir.check_owner(run_dir, config, tokenizer, force)
-    if resume == "auto" and is_complete(config, run_dir):
+    run_dir, team = Path(config.run_dir).expanduser(), mesh.team
+
+    def check_place() -> None:
+        rundir.check_directory(run_dir)
+        refuse_if_in_use(run_dir)
+        check_loggers(config)
+
+    def look() -> tuple[list[str], bool, tuple[Path, Manifest] | None]:
+        """(keys that were changed, whether the run is complete, the checkpoint to go on from)."""
+        changed = rundir.check_owner(run_dir, config, tokenizer, force)
+        if resume == "auto" and is_complete(config, run_dir):
+            return changed, True, None
+        found = choose_checkpoint(run_dir, resume, display.say)
+        if found is not None:
+            check_same_run(*found, config, tokenizer.fingerprint, force)
+        return changed, False, found
+
+    team.on_first(check_place)
+    tokenizer = team.together(lambda: open_tokenizer(config.data, config.model.vocab_size))
+    changed, complete, found = team.on_first(look)
+    if complete:
         return None
-    found = choose_checkpoint(run_dir, resume, display.say)
-    if found is not None:
-        check_same_run(*found, config, tokenizer.fingerprint, force)
     prepare_torch(config)
-    evaluator = Evaluator(config, tokenizer, device)
-    data = open_data(config.data, config.train, config.seed, config.model.vocab_size)
+    evaluator = team.together(lambda: Evaluator(config, tokenizer, mesh.device))
+    data = team.together(lambda: open_data(config.data, config.train, config.seed, config.model.vocab_size))
     if found is not None:
         check_same_data(*found, data_identity(config, data), force)
 
     randomness.seed_everything(config.seed)
-    model = build_model(config.model, config.seed).to(device)
-    optimizer = build_optimizer(model.named_parameters(), config)
-    progress = Progress() if found is None else load_progress(*found, model, optimizer)
-    apply_options(config, model)
+    engine = build_engine(config, mesh)
+    evaluator.shares = engine.shares()
+    progress = Progress() if found is None else load_progress(*found, engine)
+    apply_options(config, engine.model)
 
-    fence = rundir.open_directory(run_dir, config, tokenizer, progress.step)
+    fence = team.on_first(lambda: rundir.open_directory(run_dir, config, tokenizer, progress.step))
     keep = config.checkpoint
     writer = CheckpointWriter(fence, keep.keep_last, keep.keep_every, keep.async_save, display.say, keep.levels)
-    writer.remove_unfinished()
-    writer.set_aside(after=progress.step)
+    team.on_first(writer.remove_unfinished)
+    team.on_first(lambda: writer.set_aside(after=progress.step))
     if found is not None:
         writer.go_on_from(*found)
     if keep.async_save:
-        writer.reserve(training_state(model, optimizer))
+        writer.reserve(engine.wrap(training_state(engine.model, engine.optimizer)))
     if changed:
         display.say(f"configuration changed since the last start: {', '.join(changed)}")
-    for line in optimizer.plan.warnings():
+    for line in engine.optimizer.plan.warnings():
         display.say(f"warning: {line}")
     if found is not None:
         display.say(f"going on from {found[0]} (step {progress.step}, {progress.tokens:,} tokens)")
+    lines = JsonLines if team.leads else NoLines
     return Session(
         config=config,
         run_dir=run_dir,
-        device=device,
         data=data,
-        model=model,
-        optimizer=optimizer,
+        engine=engine,
         evaluator=evaluator,
         progress=progress,
         writer=writer,
-        metrics=JsonLines(run_dir / rundir.METRICS),
-        evaluations=JsonLines(run_dir / rundir.EVALUATIONS),
-        loggers=Loggers(config, run_dir, progress.step, display.say),
+        metrics=lines(run_dir / rundir.METRICS),
+        evaluations=lines(run_dir / rundir.EVALUATIONS),
+        loggers=Loggers(config, run_dir, progress.step, display.say, silent=not team.leads),
         display=display,
         clock=Stopwatch(),
     )
@@ -218,16 +268,20 @@ def data_identity(config: RunConfig, data: DataBundle) -> dict[str, Any]:
     }
 
 
-def load_progress(folder: Path, manifest: Manifest, model: HopeModel, optimizer: LevelOptimizer) -> Progress:
-    """Put a verified checkpoint into model, optimizer and random generators. Raises UserError for another model."""
-    state = training_state(model, optimizer)
-    load_state(folder, manifest, state)
+def load_progress(folder: Path, manifest: Manifest, engine: Engine) -> Progress:
+    """Put a verified checkpoint of any layout into model, optimizer and random generators.
+
+    Raises UserError for another model.
+    """
+    state, optimizer = training_state(engine.model, engine.optimizer), engine.optimizer
+    load_state(folder, manifest, engine.wrap(state), engine.mesh.team.group)
     optimizer.load_named_state(
         {
             name: {key: tensor for key, tensor in part.items() if key.startswith("optimizer.")}
             for name, part in state.items()
         }
     )
+    optimizer.unfold()
     trainer = read_trainer(folder)
     randomness.restore(trainer["random"])
     return Progress(manifest.step, manifest.tokens, int(trainer["refused"]), dict(manifest.losses))

@@ -10,8 +10,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from hope_train.parallel.team import Team
+
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ANSWERS = (f"{STOP_FILE} file", *(number.name for number in SIGNALS))
+"""Who may ask."""
 
 
 class Interrupted(Exception):
@@ -25,8 +29,10 @@ class StopRequest:
     presses Ctrl-C twice does not want to wait. Outside the main thread only the file is looked at.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, alone: bool = True) -> None:
+        """`alone`: this process is the whole run. Work shared with others is never cut short."""
         self.file = run_dir / STOP_FILE
+        self.alone = alone
         self.signal: str | None = None
         self._interrupts = 0
         self._droppable = False
@@ -61,6 +67,14 @@ class StopRequest:
             return f"{STOP_FILE} file"
         return self.signal
 
+    def asked_by_any(self, team: Team) -> str | None:
+        """As `asked`, the same answer on all ranks: a signal may reach only one of them, or each at another step."""
+        if team.ranks == 1:
+            return self.asked()
+        mine = self.asked()
+        (found,) = team.largest([0 if mine is None else ANSWERS.index(mine) + 1])
+        return ANSWERS[found - 1] if found else None
+
     def obeyed(self) -> None:
         """Remove the STOP file: it has been obeyed, and is no order to the next start."""
         with contextlib.suppress(OSError):
@@ -70,8 +84,12 @@ class StopRequest:
     def droppable(self) -> Iterator[None]:
         """A block that a signal cuts short, by raising Interrupted, instead of waiting for its end.
 
-        For work without a trace in the run's state, such as an evaluation that takes minutes.
+        For work without a trace in the run's state, such as an evaluation that takes minutes. With several processes
+        it waits: one that leaves the work would leave the others waiting for it.
         """
+        if not self.alone:
+            yield
+            return
         self._droppable = True
         try:
             if self.asked() is not None:
