@@ -23,6 +23,9 @@ from hope_train.config.data import DataConfig
 from hope_train.config.train import TrainConfig
 from hope_train.errors import UserError
 
+_MAX_SAMPLES = 2**63 - 1
+"""Samples of the endless sequence have 64-bit numbers."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -76,7 +79,10 @@ class BatchSource:
             )
 
     def batch(self, index: int, rank: int = 0, ranks: int = 1) -> Batch:
-        """Rank `rank`'s rows of global batch `index` (from 0). Raises UserError if the ranks do not divide its rows."""
+        """Rank `rank`'s rows of global batch `index` (from 0).
+
+        Raises UserError if the ranks do not divide its rows, or there is no number for its samples.
+        """
         if self.batch_sequences % ranks:
             raise UserError(
                 f"a batch of {self.batch_sequences} sequences cannot be divided among {ranks} ranks: make "
@@ -84,6 +90,8 @@ class BatchSource:
             )
         if index < 0 or not 0 <= rank < ranks:
             raise ValueError(f"no batch {index} for rank {rank} of {ranks}")
+        if index >= _MAX_SAMPLES // self.batch_sequences:
+            raise UserError(f"batch {index} is too far: batches end before {_MAX_SAMPLES // self.batch_sequences}")
         rows = self.batch_sequences // ranks
         first = index * self.batch_sequences + rank * rows
         return self._rows(self.window_numbers(first, rows))

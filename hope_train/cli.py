@@ -47,6 +47,9 @@ EXTRAS = {
     "transformers": "lmeval",
 }
 
+MAX_SEED = 2**63 - 1
+"""The largest that a configuration takes, and torch's generators."""
+
 # click's UsageError, wherever this version of typer keeps it.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -144,7 +147,7 @@ def generate(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
     ] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The same seed gives the same text.")] = 0,
     as_json: Json = False,
 ) -> int:
     """Stream text from a checkpoint."""
@@ -220,7 +223,7 @@ def tokenizer_train(
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Train on about this much text, taken evenly.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Chooses the text, where max-bytes limits it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Chooses the text, where max-bytes limits it.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
     as_json: Json = False,
 ) -> int:

@@ -39,7 +39,7 @@ def generate(
         max_tokens: how many at most.
         temperature: logits are divided by it; 0 takes the likeliest token each time.
         top_p: draw from the smallest set of likeliest tokens that has this probability; 0 leaves only the likeliest.
-        seed: the same seed gives the same tokens.
+        seed: the same seed gives the same tokens; below 2**63.
         stop_id: the text ends before this token, which is not given out.
         around: makes a context in which the model runs, such as autocast.
 
@@ -134,6 +134,7 @@ def generate_command(
     model, config, manifest = load_model(run, device, tell=lambda line: print(line, file=sys.stderr))
     tokenizer = checkpoint_tokenizer(run, config, manifest.tokenizer)
     model.eval()
+    tokens = tokenizer.encode(prompt)  # before it is shown: a prompt that is no text is refused
     low = config.train.precision == "bf16"
     started = time.perf_counter()
     made: list[int] = []
@@ -142,7 +143,7 @@ def generate_command(
     show(prompt)
     for token in generate(
         model,
-        [tokenizer.eot_id, *tokenizer.encode(prompt)],
+        [tokenizer.eot_id, *tokens],
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -255,6 +255,8 @@ def test_a_missing_module_of_ours_is_an_error_of_ours(command: Callable[..., Cal
         ("eval r --protocol bits", ["--protocol", "word, token, classic", "'bits'"]),
         ("eval r --pages 0", ["--pages"]),
         ("generate r --max-tokens x", ["--max-tokens"]),
+        ("generate r --seed 99999999999999999999999", ["--seed", "9223372036854775807"]),
+        ("data tokenizer train a.txt --out t.model --seed 99999999999999999999999", ["--seed"]),
         ("generate r --top-p 1.5", ["--top-p"]),
         ("plan c.yaml --devices 0", ["--devices"]),
         ("report", ["RUN"]),

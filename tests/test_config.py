@@ -116,6 +116,8 @@ class TestRefusals:
             (["train.tokens=1.5"], ["`train.tokens`", "1.5"]),
             (["train.tokens=0"], ["`train.tokens`", "greater than or equal to 1", "0"]),
             (["train.tokens=true"], ["`train.tokens`", "a number"]),
+            (["seed=99999999999999999999999"], ["`seed`", "less than 9223372036854775808"]),
+            (["train.threads=100000"], ["`train.threads`", "1024"]),
             (["optimizer.lr=.inf"], ["`optimizer.lr`", "finite"]),
             (["model.memory.eta_bias=.nan"], ["`model.memory.eta_bias`", "finite"]),
             (["model.d_model=10", "model.n_heads=3"], ["d_model=10", "n_heads=3"]),

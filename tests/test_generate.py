@@ -189,6 +189,15 @@ def test_the_command_prints_prompt_and_text(
     assert figures["text"] == tokenizer.decode(made)
 
 
+def test_a_prompt_that_is_no_text_is_refused_before_it_is_shown(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hope(["generate", str(run_dir), "--prompt", "abc \udcff def"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+
+
 def test_the_prompt_may_come_from_standard_input(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,7 @@ class TrainConfig(Section):
     deterministic: bool = False
     """Ask torch for deterministic kernels (exact resume on GPU; CPU is exact without)."""
 
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads. null: torch's choice."""
 
     nan_patience: int = Field(5, ge=1)

@@ -20,7 +20,7 @@ class RunConfig(Section):
     dir: str = "runs/{name}"
     """Run directory; `{name}` is filled in."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seeds the initial weights and the order of the data."""
 
     model: ModelConfig = ModelConfig.model_construct()

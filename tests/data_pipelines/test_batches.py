@@ -127,6 +127,14 @@ def test_ranks_that_do_not_divide_and_small_corpora_are_refused() -> None:
         make_source(7)
 
 
+def test_batches_end_where_their_samples_have_no_number() -> None:
+    last = (2**63 - 1) // 6 - 1
+    source = make_source(100, rows=6)
+    assert len(source.batch(last).tokens) == 6
+    with pytest.raises(UserError, match="is too far"):
+        source.batch(last + 1)
+
+
 def test_validation_takes_the_text_in_order_and_all_of_it() -> None:
     source = make_source(200, rows=4, reset=True)
     batches = list(validation_batches(source, rows=5))

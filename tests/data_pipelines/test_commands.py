@@ -84,6 +84,8 @@ def test_inspect_shows_the_text_of_a_batch(config_file: str, capsys: pytest.Capt
     assert "row 2 of 4" in shown
     with pytest.raises(UserError, match="batch=-1"):
         inspect_command(config_file, batch=-1)
+    with pytest.raises(UserError, match="is too far"):
+        inspect_command(config_file, batch=10**23)
 
 
 def test_stats_count_the_corpus(config_file: str, texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
