@@ -1,7 +1,8 @@
 """`hope …`: parses the command line, imports what the command needs, and calls one function.
 
 Importing this file imports neither torch nor any command, so that `hope --help` answers at once. Exit codes:
-0 done, 2 the input is wrong (one line on stderr says what to change), 130 interrupted, 1 an error of ours.
+0 done, 2 the input is wrong (one line on stderr says what to change), 130 interrupted, 1 an error of ours
+(`checkpoint diff`: 1 the two differ).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data; train tokenizers.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="List, verify, prune, export and compare checkpoints.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(checkpoint_app, name="checkpoint")
 data_app.add_typer(tokenizer_app, name="tokenizer")
 
 # Third-party packages that only some commands need, and the extra that brings each.
@@ -39,6 +42,7 @@ EXTRAS = {
     "filelock": "train",
     "huggingface_hub": "train",
     "pyarrow": "train",
+    "safetensors": "train",
     "zstandard": "train",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
@@ -165,13 +169,16 @@ def plan(
     interconnect: Annotated[
         str | None, typer.Option(metavar="NAME", help="Links, such as nvlink4+ib-ndr. Default: the usual ones.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build the mesh's ranks without storage and compare; needs torch.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Parameters, memory, traffic, speed and days of a run before it starts; needs no GPU."""
     chosen = _overrides(overrides, config)
     from hope_train.plan.report import plan_command
 
-    return plan_command(config, chosen, device, devices, as_json, interconnect=interconnect)
+    return plan_command(config, chosen, device, devices, as_json, interconnect=interconnect, with_dry_run=dry_run)
 
 
 @app.command("report")
@@ -261,6 +268,78 @@ def data_stats(config: ConfigFile, overrides: Overrides = None, as_json: Json = 
 
     stats_command(config, chosen, as_json)
     return 0
+
+
+RunDirectory = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(run: RunDirectory, as_json: Json = False) -> int:
+    """List what is there: step, tokens, size, and where each level's files lie."""
+    from hope_train.checkpoint.commands import ls_command
+
+    return ls_command(run, as_json)
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A run directory (all it has) or a checkpoint.")],
+    as_json: Json = False,
+) -> int:
+    """Compare every file with its hash; exit code 2 when something is damaged."""
+    from hope_train.checkpoint.commands import verify_command
+
+    return verify_command(path, as_json)
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    run: RunDirectory,
+    keep_last: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many of the newest checkpoints. Default: all.")
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option(min=0, help="Keep multiples of this too. Default: as the run is configured.")
+    ] = None,
+    superseded: Annotated[
+        bool, typer.Option("--superseded", help="Remove those of continuations that were given up too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Although the run belongs to a process on another machine.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Remove what no checkpoint that is kept refers to."""
+    from hope_train.checkpoint.commands import prune_command
+
+    return prune_command(run, keep_last, keep_every, superseded, dry_run, force, as_json)
+
+
+@checkpoint_app.command("consolidate")
+def checkpoint_consolidate(
+    run: Run,
+    out: Annotated[str, typer.Option(metavar="FILE", help="The safetensors file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Write the weights into one safetensors file, for use elsewhere."""
+    from hope_train.checkpoint.commands import consolidate_command
+
+    return consolidate_command(run, out, overwrite, as_json)
+
+
+@checkpoint_app.command("diff")
+def checkpoint_diff(
+    one: Run,
+    other: Run,
+    weights: Annotated[bool, typer.Option("--weights", help="Leave out the optimizer's state and counters.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Show which tensors differ, and by how much; exit code 1 when some do."""
+    from hope_train.checkpoint.commands import diff_command
+
+    return diff_command(one, other, weights, as_json)
 
 
 def _overrides(texts: Sequence[str] | None, first: str) -> list[str]:

@@ -90,13 +90,13 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             ["plan", "c.yaml", "model.d_model=64", "--devices", "8", "--device", "h100"],
             "hope_train.plan.report",
             "plan_command",
-            (("c.yaml", ["model.d_model=64"], "h100", 8, False), {"interconnect": None}),
+            (("c.yaml", ["model.d_model=64"], "h100", 8, False), {"interconnect": None, "with_dry_run": False}),
         ),
         (
-            ["plan", "c.yaml", "--json", "--interconnect", "ib-hdr"],
+            ["plan", "c.yaml", "--json", "--interconnect", "ib-hdr", "--dry-run"],
             "hope_train.plan.report",
             "plan_command",
-            (("c.yaml", [], "h200", 1, True), {"interconnect": "ib-hdr"}),
+            (("c.yaml", [], "h200", 1, True), {"interconnect": "ib-hdr", "with_dry_run": True}),
         ),
         (
             ["report", "runs/a", "runs/b", "--out", "o"],
@@ -132,6 +132,53 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             "data_pipelines.commands",
             "stats_command",
             (("c.yaml", [], True), {}),
+        ),
+        (
+            ["checkpoint", "ls", "runs/x", "--json"],
+            "hope_train.checkpoint.commands",
+            "ls_command",
+            (("runs/x", True), {}),
+        ),
+        (
+            ["checkpoint", "verify", "runs/x"],
+            "hope_train.checkpoint.commands",
+            "verify_command",
+            (("runs/x", False), {}),
+        ),
+        (
+            ["checkpoint", "prune", "runs/x"],
+            "hope_train.checkpoint.commands",
+            "prune_command",
+            (("runs/x", None, None, False, False, False, False), {}),
+        ),
+        (
+            [
+                "checkpoint",
+                "prune",
+                "r",
+                "--keep-last",
+                "3",
+                "--keep-every",
+                "0",
+                "--superseded",
+                "--dry-run",
+                "--force",
+            ],
+            "hope_train.checkpoint.commands",
+            "prune_command",
+            (("r", 3, 0, True, True, True, False), {}),
+        ),
+        (
+            ["checkpoint", "consolidate", "runs/x", "--out", "x.safetensors", "--overwrite"],
+            "hope_train.checkpoint.commands",
+            "consolidate_command",
+            (("runs/x", "x.safetensors", True, False), {}),
+        ),
+        (
+            ["checkpoint", "diff", "a", "b", "--weights", "--json"],
+            "hope_train.checkpoint.commands",
+            "diff_command",
+            (("a", "b", True, True), {}),
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -183,6 +230,10 @@ def test_eval_passes_every_option_by_name(command: Callable[..., Calls]) -> None
         ("hope_train.plan.report", "plan_command"),
         ("hope_train.report.draw", "report_command"),
         ("hope_train.config.commands", "show_command"),
+        *(
+            ("hope_train.checkpoint.commands", f"{name}_command")
+            for name in ("ls", "verify", "prune", "consolidate", "diff")
+        ),
         ("data_pipelines.commands", "train_tokenizer_command"),
         ("data_pipelines.commands", "inspect_command"),
         ("data_pipelines.commands", "stats_command"),
@@ -272,7 +323,7 @@ def test_a_wrong_line_is_answered_in_one(capsys: pytest.CaptureFixture[str], lin
     assert [word for word in words if word not in message] == [], message
 
 
-@pytest.mark.parametrize("line", ["", "data", "data tokenizer"])
+@pytest.mark.parametrize("line", ["", "data", "data tokenizer", "checkpoint"])
 def test_a_group_alone_shows_its_commands(capsys: pytest.CaptureFixture[str], line: str) -> None:
     assert cli.run(line.split()) == 2
     assert "Commands:" in capsys.readouterr().err

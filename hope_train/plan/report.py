@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from hope_train.config.load import load_config
+from hope_train.plan.check import SHOWN, dry_run
 from hope_train.plan.costs import Plan, make_plan
 from hope_train.plan.devices import GIB
 from hope_train.plan.flops import CONVENTION
@@ -23,16 +24,23 @@ def plan_command(
     as_json: bool = False,
     mfu: float | None = None,
     interconnect: str | None = None,
+    with_dry_run: bool = False,
 ) -> int:
     """Print the plan of the run in file `config`. Returns 0, also when it does not fit: that is an answer.
+
+    with_dry_run: also build chosen ranks without storage (needs torch); 1 is returned when they are not as planned.
 
     Raises UserError for a bad configuration, an unknown device or interconnect (with the nearest names), a mesh that
     devices, model or batch do not fit.
     """
     plan = make_plan(load_config(config, overrides), device, devices, mfu, interconnect)
+    check = None
+    if with_dry_run:
+        check = dry_run(plan)
+    code = 1 if check is not None and check.differences else 0
     if as_json:
-        print(json.dumps(plan.to_dict()))
-        return 0
+        print(json.dumps(plan.to_dict() | ({} if check is None else {"dry_run": vars(check)})))
+        return code
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -49,7 +57,11 @@ def plan_command(
         console.print(f"  {line}", soft_wrap=True, markup=False)
     for line in plan.warnings:
         console.print(f"warning: {line}", style="yellow", soft_wrap=True, markup=False)
-    return 0
+    if check is not None:
+        console.print(check.verdict, style="bold red" if check.differences else None, soft_wrap=True)
+        for line in check.differences[:SHOWN]:
+            console.print(f"  {line}", soft_wrap=True, markup=False)
+    return code
 
 
 def _table(title: str, *columns: str) -> Table:
