@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "tp")
+from hope_train.parallel.dry_run import fake_group
+from hope_train.parallel.mesh import DIMENSIONS
+
+
+OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 
 
 @contextmanager
 def fake_mesh(shape: tuple[int, int, int, int], rank: int = 0) -> Iterator[DeviceMesh]:
     """The mesh as rank `rank` sees it; collectives return at once and leave their results undefined."""
-    world = shape[0] * shape[1] * shape[2] * shape[3]
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
+    with fake_group(rank, math.prod(shape)):
         yield init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
-    finally:
-        dist.destroy_process_group()
 
 
 class CountCollectives(TorchDispatchMode):
     """Bytes and calls by operation: the whole tensor that a collective makes or takes. Norms are left out."""
-
-    OPERATIONS = {
-        "allreduce_": "all-reduce",
-        "_allgather_base_": "all-gather",
-        "_reduce_scatter_base_": "reduce-scatter",
-    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,11 +36,11 @@ class CountCollectives(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if func.namespace == "c10d":
-            assert name in self.OPERATIONS, f"{name} is not counted"
+            assert name in OPERATIONS, f"{name} is not counted"
             tensors = [tensor for part in args[:2] for tensor in (part if isinstance(part, list) else [part])]
             sizes = [tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)]
             if tensors[0].dtype == torch.float64:  # norms of fp32 gradients
                 return func(*args, **(kwargs or {}))
-            self.bytes[self.OPERATIONS[name]] += max(sizes)
-            self.calls[self.OPERATIONS[name]] += 1
+            self.bytes[OPERATIONS[name]] += max(sizes)
+            self.calls[OPERATIONS[name]] += 1
         return func(*args, **(kwargs or {}))

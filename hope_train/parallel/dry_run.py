@@ -1,0 +1,133 @@
+"""Chosen ranks of a large mesh built one after the other in this process: shapes without storage, groups without peers.
+
+The model is on torch's meta device and the process group is torch's fake one, so that 512 ranks need neither memory nor
+processes. What is built is what the engine would build: the tensor-parallel plan, the stage's layers, FSDP2's shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from hope_train.config.mesh import MeshSizes
+from hope_train.config.tree import RunConfig
+from hope_train.errors import UserError
+from hope_train.model.hope import HopeModel
+from hope_train.optim.rule import make_rule
+from hope_train.parallel.mesh import DIMENSIONS
+from hope_train.parallel.tensor import TensorParallel
+from hope_train.plan.stages import part_count, parts_of_rank, stage_layers
+
+Place = tuple[int, int, int, int]
+"""Coordinates along `DIMENSIONS`."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds."""
+
+    place: Place
+    shapes: dict[str, tuple[int, ...]]
+    """After tensor and pipeline parallelism, before sharding, under the unsharded model's names."""
+
+    numbers: dict[str, int]
+    """Parameters after sharding, padding included."""
+
+    moments: int
+    """Bytes of the update rule's state."""
+
+
+def build_ranks(config: RunConfig, sizes: MeshSizes, places: Sequence[Place]) -> Iterator[Held]:
+    """What the ranks at `places` of the mesh hold. Needs no other process and next to no memory.
+
+    Raises UserError inside a distributed job.
+    """
+    if dist.is_initialized():
+        raise UserError("a dry run plays every rank itself: start it as one process, not under torchrun")
+    shape = tuple(getattr(sizes, name) for name in DIMENSIONS)
+    for place in places:
+        rank = 0
+        for coordinate, size in zip(place, shape, strict=True):
+            rank = rank * size + coordinate
+        with fake_group(rank, sizes.world):
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=DIMENSIONS)
+            yield _build(config, sizes, mesh, place)
+
+
+@contextmanager
+def fake_group(rank: int, world: int) -> Iterator[None]:
+    """A process group in which this process is rank `rank` of `world` and collectives do nothing."""
+    # Under torch's testing tools, though made for this: it comes with every torch this project allows.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _build(config: RunConfig, sizes: MeshSizes, mesh: DeviceMesh, place: Place) -> Held:
+    with torch.device("meta"):
+        model = HopeModel(config.model)
+    if sizes.tp > 1:
+        tensor = TensorParallel(model, mesh["tp"], config.parallel.sequence_parallel)
+        for name, parameter in list(model.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            local = tensor.layouts[name].part(parameter.detach(), tensor.rank, tensor.ranks).contiguous()
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(local))
+    _keep_stage(model, config, place[0])
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if sizes.dp_shard > 1:
+        _shard(model, mesh["dp_replicate", "dp_shard"] if sizes.dp_replicate > 1 else mesh["dp_shard"])
+        numbers = dict(_padded(model))
+    else:
+        numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    rule = make_rule(config.optimizer)
+    owned = {name: torch.empty(count, device="meta") for name, count in numbers.items()}
+    state = [entry for tensor in owned.values() for entry in rule.initial_state(tensor, {}).values() if entry.ndim]
+    return Held(place, shapes, numbers, sum(entry.nbytes for entry in state))
+
+
+def _keep_stage(model: HopeModel, config: RunConfig, rank: int) -> None:
+    """Leave the pipeline rank's layers in the model, and embedding, norm and head where they belong."""
+    layers, parts = stage_layers(config), parts_of_rank(rank, config.parallel)
+    first, last = 0 in parts, part_count(config.parallel) - 1 in parts
+    mine = {str(block) for part in parts for block in range(sum(layers[:part]), sum(layers[: part + 1]))}
+    for number in list(model.blocks):
+        if number not in mine:
+            del model.blocks[number]
+    if not first and not (last and config.model.tie_embeddings):
+        del model.embed
+    if not last:
+        del model.norm
+        if model.head is not None:
+            model.head = None
+
+
+def _shard(model: HopeModel, mesh: DeviceMesh) -> None:
+    """Units as the engine's: every level of every block, the rest of the block, what is outside of them."""
+    for _, block in model.named_blocks():
+        if block.cms is not None:
+            for level in block.cms.levels:
+                fully_shard(level, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _padded(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Names and the numbers that FSDP2 stores of each, padding included."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        group = module._get_fsdp_state()._fsdp_param_group
+        for held in group.fsdp_params if group is not None else ():
+            yield names[held.sharded_param], held._sharded_param_data.numel()
