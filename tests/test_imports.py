@@ -29,6 +29,7 @@ FLOORS: dict[str, float] = {
     "hope_train.plan": 4,
     "hope_train.generate": 4,
     "hope_train.evaluate.commands": 4,
+    "hope_train.checkpoint.commands": 4,
     "hope_train.checkpoint": 3,
     "hope_train.parallel": 2.7,
     "hope_train.evaluate": 2.5,

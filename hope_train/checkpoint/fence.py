@@ -67,16 +67,39 @@ class Fence:
             self.check()
             yield
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        handle = os.open(self.run_dir / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # Some network file systems have no locks: what remains there is the check itself.
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return _lock(self.run_dir)
+
+
+@contextlib.contextmanager
+def unowned(run_dir: Path, force: bool = False) -> Iterator[None]:
+    """For work on a run from outside: for the length of a block nobody takes it over (on file systems with locks).
+
+    Raises UserError while a process trains in it. Of a process on another machine that did not say that it was done
+    one cannot know whether it lives: that is refused too, unless `force` says that it does not.
+    """
+    with _lock(run_dir):
+        refuse_if_in_use(run_dir)
+        current = _read(run_dir) or {}
+        host = current.get("host")
+        if host is not None and host != socket.gethostname() and not force:
+            raise UserError(
+                f"run directory {run_dir} belongs to process {current.get('pid')} on {host}, which may still be at "
+                "work: run this there, or say --force if you know that it has ended"
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _lock(run_dir: Path) -> Iterator[None]:
+    handle = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        # Some network file systems have no locks: what remains there is the check itself.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def refuse_if_in_use(run_dir: Path) -> None:

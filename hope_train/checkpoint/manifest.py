@@ -242,12 +242,12 @@ def problems(folder: Path, manifest: Manifest, known: dict[Path, str] | None = N
             whole[path] = record
         else:
             elsewhere = "" if path.is_relative_to(folder) else ", which this checkpoint refers to"
-            yield f"checkpoint {folder}: {_shown(path, folder)} {reason}{elsewhere}"
+            yield f"checkpoint {folder}: {shown_in(folder, path)} {reason}{elsewhere}"
     fresh = [path for path in whole if path not in known]
     known |= zip(fresh, _hashes(folder, fresh), strict=True)
     for path, record in whole.items():
         if known[path] != record.sha256:
-            yield f"checkpoint {folder}: {_shown(path, folder)} does not have the sha256 of the manifest"
+            yield f"checkpoint {folder}: {shown_in(folder, path)} does not have the sha256 of the manifest"
 
 
 def size_problem(path: Path, record: FileRecord) -> str | None:
@@ -297,7 +297,7 @@ def _hashes(folder: Path, paths: list[Path]) -> list[str]:
         with ThreadPoolExecutor(max_workers=min(8, len(os.sched_getaffinity(0)))) as pool:
             return list(pool.map(file_sha256, paths))
     except OSError as error:
-        name = _shown(Path(error.filename), folder) if error.filename else "a file"
+        name = shown_in(folder, Path(error.filename)) if error.filename else "a file"
         raise DamagedCheckpointError(f"checkpoint {folder}: {name} cannot be read: {error.strerror}") from None
 
 
@@ -309,7 +309,7 @@ def _digest(tree: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _shown(path: Path, folder: Path) -> str:
+def shown_in(folder: Path, path: Path) -> str:
     """A file's name for a message: relative to its checkpoint, or to the folder of all where it lies in another."""
     base = folder if path.is_relative_to(folder) else folder.parent
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else str(path)
