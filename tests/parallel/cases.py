@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from data_pipelines.batches import Batch
 from hope_train.checkpoint.tensors import training_state
@@ -25,6 +26,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "hope_attention": {"arch": "hope_attention", "cms": {"levels": LEVELS, "variant": "independent"}},
     "transformer_pp": {"arch": "transformer_pp", "mlp_width": 48},
+    "hope_nested": {
+        "arch": "hope",
+        "memory": {"chunk_size": 8, "generator_chunk_size": 8, "kind": "linear", "adaptive_q": True, "conv_width": 1},
+        "cms": {"levels": LEVELS, "variant": "nested"},
+    },
 }
 
 
@@ -41,13 +47,13 @@ def make_config(arch: str, tied: bool = False, vocab: int = 67, **parallel: Any)
             "init_std": 0.1,
             **MODELS[arch],
         },
-        "optimizer": {"lr": 0.01, "schedule": {"kind": "cosine", "warmup_tokens": 256}},
+        "optimizer": {"lr": 0.003, "schedule": {"kind": "cosine", "warmup_tokens": 256}},
         "train": {
             "context_length": 16,
             "batch_tokens": 128,
             "micro_batch_size": 2,
             "tokens": 128 * STEPS,
-            "clip_norm": 0.5,
+            "clip_norm": 0.02,
             "loss_chunk": 10,
             "device": "cpu",
         },
@@ -115,3 +121,68 @@ def train(arch: str, dtype: str, steps: int = STEPS, fold_at: int = 0, **options
         "reports": reports,
         "traffic": None if engine.data is None else engine.data.run.bytes,
     }
+
+
+def counted(arch: str, steps: int) -> dict[str, Any]:
+    """Steps whose reductions of gradients are counted by what `all_reduce` is called with."""
+    config = make_config(arch)
+    engine = open_engine(config, "float32")
+    source: Any = RandomBatches(config)
+    carried: list[int] = []
+    plain = dist.all_reduce
+
+    def count(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if tensor.dtype == torch.float32:
+            carried[-1] += tensor.numel() * 4
+        return plain(tensor, *arguments, **options)
+
+    dist.all_reduce = count
+    try:
+        for index in range(steps):
+            carried.append(0)
+            optimizer_step(engine, source, config.train, index, measure=False)
+    finally:
+        dist.all_reduce = plain
+    assert engine.data is not None
+    return {
+        "traffic": engine.data.run.bytes,
+        "sizes": engine.data.sizes,
+        "periods": engine.data.periods,
+        "carried": carried,
+    }
+
+
+def reduced_twice() -> str:
+    """A level is reduced at a step where it is not due: what the check says."""
+    config = make_config("hope_attention")
+    engine = open_engine(config, "float32")
+    source: Any = RandomBatches(config)
+    engine.optimizer.materialize_state()
+    ranks, plain = engine.optimizer.ranks, engine.finish_backward
+
+    def meddle() -> None:
+        plain()
+        ranks.reduce_accumulators("level_1", [torch.zeros(3)])
+
+    engine.finish_backward = meddle  # type: ignore[method-assign]
+    try:
+        optimizer_step(engine, source, config.train, 0, measure=False)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@torch.no_grad()
+def decode(arch: str, **options: Any) -> list[torch.Tensor]:
+    """Logits of a whole forward of 7 tokens, of a prefill of 4 and of 3 single tokens after it."""
+    config = make_config(arch, **options)
+    model = open_engine(config, "float64").model.eval()
+    tokens_BT = torch.randint(0, config.model.vocab_size, (2, 7), generator=torch.Generator().manual_seed(1))
+    found = [model(tokens_BT)]
+    state = model.initial_state(2)
+    logits_BTV, state = model.step(tokens_BT[:, :4], state)
+    found.append(logits_BTV)
+    for place in range(4, 7):
+        logits_BTV, state = model.step(tokens_BT[:, place : place + 1], state)
+        found.append(logits_BTV)
+    return found

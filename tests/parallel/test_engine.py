@@ -1,0 +1,145 @@
+"""Ten training steps on a mesh against one process: periods 1, 2 and 4, clipping active, micro-batches accumulated."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from hope_train.config.mesh import MeshSizes
+from hope_train.errors import UserError
+from hope_train.parallel.engine import check_supported
+from hope_train.parallel.mesh import Mesh
+from tests.parallel import cases
+from tests.parallel.cases import MODELS, make_config
+from tests.parallel.harness import Gang
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tp": 2, "sequence_parallel": False}),
+    "tp2-sp": (2, {"tp": 2}),
+    "dp2": (2, {}),
+    "tp2-dp2": (4, {"tp": 2, "sequence_parallel": False}),
+    "tp2-sp-dp2": (4, {"tp": 2}),
+    "tp4-sp": (4, {"tp": 4}),
+    "dp4": (4, {}),
+}
+
+
+@cache
+def alone(arch: str, dtype: str, tied: bool) -> dict[str, Any]:
+    """What one process makes of it."""
+    return cases.train(arch, dtype, tied=tied)
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any], dtype: str, parts: int) -> None:
+    assert found["initial"].keys() == expected["initial"].keys()
+    for name, tensor in expected["initial"].items():
+        assert torch.equal(found["initial"][name], tensor), name
+    assert found["final"].keys() == expected["final"].keys()
+    for name, tensor in expected["final"].items():
+        mine = found["final"][name]
+        assert mine.dtype == tensor.dtype
+        if not tensor.is_floating_point():
+            assert torch.equal(mine, tensor), name
+        elif dtype == "float64":
+            torch.testing.assert_close(mine, tensor, rtol=0, atol=1e-10, msg=name)
+        elif "optimizer" not in name:
+            torch.testing.assert_close(mine.norm(), tensor.norm(), rtol=1e-5, atol=0, msg=name)
+    exact = 1e-11 if dtype == "float64" else 1e-5
+    for mine, theirs in zip(found["reports"], expected["reports"], strict=True):
+        for key in ("loss", "grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=exact), key
+        assert mine["clip"].keys() == theirs["clip"].keys()
+        for period, clip in theirs["clip"].items():
+            assert clip["scale"] < 1, "clipping is active"
+            assert mine["clip"][period]["norm"] == pytest.approx(clip["norm"], rel=exact)
+        for name, level in theirs["levels"].items():
+            if parts > 1 and level["period"] > 1:
+                level = {**level, "grad_norm": None}
+            assert mine["levels"][name].keys() == level.keys()
+            for key, value in level.items():
+                wanted = pytest.approx(value, rel=10 * exact) if isinstance(value, float) else value
+                assert mine["levels"][name][key] == wanted, f"{name}: {key}"
+
+
+def check(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
+    ranks, options = LAYOUTS[layout]
+    everywhere = gang.run(cases.train, ranks, arch=arch, dtype=dtype, tied=tied, **options)
+    for found in everywhere:
+        assert found["reports"] == everywhere[0]["reports"], "all ranks report the same"
+        for name, tensor in everywhere[0]["final"].items():
+            assert torch.equal(found["final"][name], tensor), f"{name} differs between ranks"
+    compare(everywhere[0], alone(arch, dtype, tied), dtype, ranks // options.get("tp", 1))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("arch", "dtype", "tied", "layout"),
+    [
+        ("hope", "float64", False, "tp2-sp-dp2"),
+        ("hope_attention", "float32", True, "tp2-sp"),
+        ("transformer_pp", "float64", True, "dp2"),
+    ],
+)
+def test_ten_steps_are_those_of_one_process(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
+    check(gang, arch, dtype, tied, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("arch", MODELS)
+def test_every_layout_trains_as_one_process(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
+    check(gang, arch, dtype, tied, layout)
+
+
+def test_folding_in_mid_period_changes_only_rounding(gang: Gang) -> None:
+    # Step 3 of period 4: afterwards one rank holds the sum of both, and the others start from zero.
+    (found, _) = gang.run(cases.train, 2, arch="hope_attention", dtype="float64", fold_at=3)
+    plain = alone("hope_attention", "float64", False)
+    for name, tensor in plain["final"].items():
+        torch.testing.assert_close(found["final"][name], tensor, rtol=0, atol=1e-10, msg=name)
+
+
+def test_traffic_of_a_level_is_one_reduction_per_period(gang: Gang) -> None:
+    for found in gang.run(cases.counted, 2, arch="hope_attention", steps=8):
+        for level, period in (("core", 1), ("level_0", 1), ("level_1", 2), ("level_2", 4)):
+            own = found["sizes"][level]
+            assert found["traffic"][level] == own * 8 // period, level
+        # Seen from outside: what all calls of all_reduce on tensors of the model's type carried, step by step.
+        for step, carried in enumerate(found["carried"], start=1):
+            due = [level for level, period in found["periods"].items() if step % period == 0]
+            assert carried == sum(found["sizes"][level] for level in due), step
+
+
+def test_unexpected_traffic_stops_the_run(gang: Gang) -> None:
+    messages = gang.run(cases.reduced_twice, 2)
+    assert all("level_1 (period 2)" in message for message in messages)
+
+
+def test_decoding_and_logits_are_those_of_one_process(gang: Gang) -> None:
+    for arch in ("hope", "hope_attention"):
+        expected = cases.decode(arch)
+        for options in ({"tp": 2}, {"tp": 2, "sequence_parallel": False}):
+            for found in gang.run(cases.decode, 2, arch=arch, **options):
+                for mine, theirs in zip(found, expected, strict=True):
+                    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "named"),
+    [
+        (MeshSizes(pp=2), {}, "parallel.pp=2"),
+        (MeshSizes(dp_shard=2), {}, "parallel.dp_shard=2"),
+        (MeshSizes(tp=2), {"compile": "model"}, "train.compile=model"),
+    ],
+)
+def test_what_is_not_there_is_refused(sizes: MeshSizes, more: dict[str, Any], named: str) -> None:
+    config = make_config("hope")
+    config = config.model_copy(update={"train": config.train.model_copy(update=more)})
+    with pytest.raises(UserError, match=named):
+        check_supported(config, Mesh(sizes, torch.device("cpu")))
