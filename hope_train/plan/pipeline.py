@@ -47,6 +47,11 @@ def pipeline_bubble(config: RunConfig, mesh: MeshSizes) -> Bubble:
     parallel, count = config.parallel, micro_batches(config, mesh)
     if mesh.pp == 1:
         return Bubble(0.0, "no pipeline")
+    if parallel.schedule == "1f1b" and count < mesh.pp:
+        raise UserError(
+            f"parallel.schedule=1f1b cannot run {count} micro-batches over parallel.pp={mesh.pp} stages: lower "
+            "train.micro_batch_size, raise train.batch_tokens, or set parallel.schedule=gpipe"
+        )
     overhead = (mesh.pp - 1) / count
     if parallel.schedule == "interleaved_1f1b":
         rounds = max(1, count // mesh.pp)

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hope_train.parallel.dry_run import fake_group
 from hope_train.parallel.mesh import DIMENSIONS
 
-
 OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
 
 
