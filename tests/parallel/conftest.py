@@ -1,4 +1,4 @@
-"""Ranks, started once per file."""
+"""Ranks, started once for all files of this folder (once per worker)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ from tests.train.conftest import corpus as corpus
 from tests.train.conftest import tiny as tiny
 
 
-@pytest.fixture(scope="module")
-def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
-    """Four ranks; a job may want fewer."""
-    gang = Gang(tmp_path_factory.mktemp("gang"), 4)
-    yield gang
-    gang.close()
+@pytest.fixture(scope="session")
+def gangs() -> Iterator[list[Gang]]:
+    """The gang in use, if there is one."""
+    gangs: list[Gang] = []
+    yield gangs
+    for gang in gangs:
+        gang.close()
+
+
+@pytest.fixture
+def gang(gangs: list[Gang], tmp_path_factory: pytest.TempPathFactory) -> Gang:
+    """Four ranks that wait for jobs; a job may want fewer."""
+    if gangs and not gangs[0].alive():
+        gangs.pop().close()
+    if not gangs:
+        gangs.append(Gang(tmp_path_factory.mktemp("gang"), 4))
+    return gangs[0]

@@ -76,6 +76,10 @@ class Gang:
             raise AssertionError(f"{place} failed\n" + "\n".join(failures))
         return [value for _, value in outcomes]
 
+    def alive(self) -> bool:
+        """Whether all ranks can take another job."""
+        return all(process.poll() is None for process in self.processes)
+
     def close(self) -> None:
         """End the processes."""
         for process in self.processes:

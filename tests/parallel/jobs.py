@@ -1,0 +1,208 @@
+"""Small jobs for ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hope_train.errors import UserError
+from hope_train.evaluate.scoring import Scorer, Window
+from hope_train.model.loss import IGNORED, chunked_cross_entropy, token_nll
+from hope_train.parallel import collectives
+from hope_train.parallel.plan import part_of
+from hope_train.parallel.team import Team
+from hope_train.parallel.vocab import VocabularyPart, embed_part
+from hope_train.train import loop
+from hope_train.train.run import train_command
+from tests.parallel.cases import make_config, open_engine
+
+
+def ranks_and_sum() -> tuple[int, int, int]:
+    """(rank, ranks, sum of ranks)."""
+    if not dist.is_initialized():
+        return 0, 1, 0
+    total = torch.tensor(dist.get_rank())
+    dist.all_reduce(total)
+    return dist.get_rank(), dist.get_world_size(), int(total)
+
+
+def fail_on(rank: int) -> float:
+    """One rank divides by zero."""
+    return 1 / (dist.get_rank() - rank)
+
+
+def hang() -> None:
+    """Never ends."""
+
+    def wait_for() -> None:
+        time.sleep(1000)
+
+    wait_for()
+
+
+def _team() -> Team:
+    return Team(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+
+
+def together() -> tuple[str, ...]:
+    """A user's mistake on rank 1, then another kind of error on rank 2: type and message of what is raised here."""
+    team, heard = _team(), []
+
+    def mistaken() -> None:
+        if team.rank == 1:
+            raise UserError("rank 1 has no disk")
+
+    def broken() -> None:
+        if team.rank == 2:
+            raise ValueError("boom")
+
+    for action in (mistaken, broken):
+        try:
+            team.together(action)
+        except Exception as error:
+            heard += [type(error).__name__, str(error)]
+    return tuple(heard)
+
+
+def found_and_said() -> tuple[Any, list[int], int]:
+    """What rank 0 finds, the largest of ranks and of nothing, the sum of ranks."""
+    team = _team()
+    return team.on_first(lambda: {"from": team.rank}), team.largest([team.rank, 0]), team.total(team.rank)
+
+
+def vocabulary(size: int, dtype: str, chunk: int) -> dict[str, float]:
+    """Errors of everything that is done with a divided vocabulary, against the whole."""
+    group = dist.group.WORLD
+    assert group is not None
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+    weight = torch.randn(size, 6, generator=generator, dtype=torch.float64).to(kind)
+    x = torch.randn(2, 9, 6, generator=generator, dtype=torch.float64).to(kind)
+    target = torch.randint(0, size, (2, 9), generator=generator)
+    target[0, 3], target[1, 1], target[1, 2] = IGNORED, size - 1, 0
+    rows = part_of(size, rank, ranks)
+    part = VocabularyPart(size, group)
+
+    whole_x, whole_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = chunked_cross_entropy(whole_x, whole_weight, target, chunk)
+    (3 * expected).backward()
+    own_x, own_weight = x.clone().requires_grad_(), weight[rows.start : rows.stop].clone().requires_grad_()
+    found = part.sum_nll(collectives.copy_to_ranks(own_x, group), own_weight, target, chunk)
+    (3 * found).backward()
+    flat, scored = x.flatten(0, 1), target.flatten().clamp(min=0)
+    tokens = torch.randint(0, size, (2, 5), generator=generator)
+    embedded = embed_part(own_weight.detach(), tokens, rows)
+    dist.all_reduce(embedded)
+
+    def error(mine: Tensor, theirs: Tensor | None) -> float:
+        assert theirs is not None
+        assert mine.shape == theirs.shape
+        return float((mine.double() - theirs.double()).abs().max())
+
+    assert own_x.grad is not None
+    assert own_weight.grad is not None
+    assert whole_weight.grad is not None
+    return {
+        "loss": error(found, expected),
+        "dx": error(own_x.grad, whole_x.grad),
+        "dweight": error(own_weight.grad, whole_weight.grad[rows.start : rows.stop]),
+        "nll": error(part.nll(flat, own_weight.detach(), scored, chunk), token_nll(flat, weight, scored, chunk)),
+        "logits": error(part.logits(x, own_weight.detach()), x @ weight.mT),
+        "embedding": error(embedded, torch.nn.functional.embedding(tokens, weight)),
+    }
+
+
+def exchanges() -> list[bool]:
+    """Each exchange and the one that autograd goes back through are each other's transposes: <A x, y> = <x, A' y>."""
+    group = dist.group.WORLD
+    assert group is not None
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    whole, divided = (2, 4 * ranks, 3), (2, 4, 3)
+    found = []
+    for exchange, before in (
+        (collectives.copy_to_ranks, whole),
+        (collectives.sum_over_ranks, whole),
+        (collectives.gather_tokens, divided),
+        (collectives.scatter_sum, whole),
+    ):
+        x = torch.randn(before, generator=generator, dtype=torch.float64, requires_grad=True)
+        out = exchange(x, group)
+        y = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        # What is whole on every rank afterwards has one gradient, the same on every rank.
+        if exchange is collectives.sum_over_ranks:
+            dist.broadcast(y, 0)
+        out.backward(y)
+        assert x.grad is not None
+        if exchange is collectives.copy_to_ranks:
+            # the same x on every rank: its gradient is the sum of what the ranks make of it
+            total = y.clone()
+            dist.all_reduce(total)
+            found.append(torch.equal(x.grad, total))
+            continue
+        sides = torch.stack(((out.detach() * y).sum(), (x.detach() * x.grad).sum()))
+        if exchange is collectives.sum_over_ranks:
+            sides[0] /= ranks  # every rank has the whole sum
+        dist.all_reduce(sides)
+        found.append(bool(torch.isclose(sides[0], sides[1], rtol=1e-12, atol=1e-12)))
+    return found
+
+
+def train_run(config: str, overrides: list[str], resume: str = "auto") -> tuple[int | None, str]:
+    """`hope train` on these ranks: the exit code, or None and the user's mistake."""
+    try:
+        return train_command(config, overrides, resume, force_config=False, as_json=False), ""
+    except UserError as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def interrupted_run(config: str, overrides: list[str], rank: int, at: int) -> tuple[int | None, str]:
+    """`train_run` in which one rank alone gets a SIGTERM before its step number `at`."""
+    plain = loop.take_step
+
+    def step(run: Any, index: int, measure: bool) -> Any:
+        if index + 1 == at and run.engine.mesh.team.rank == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(run, index, measure)
+
+    loop.take_step = step
+    try:
+        return train_run(config, overrides)
+    finally:
+        loop.take_step = plain
+
+
+def taken_over_run(config: str, overrides: list[str], at: int) -> tuple[int | None, str]:
+    """`train_run` whose directory another process takes at step `at`, while only the first rank can see it."""
+    plain = loop.take_step
+
+    def step(run: Any, index: int, measure: bool) -> Any:
+        if index + 1 == at and run.engine.mesh.team.leads:
+            (run.run_dir / "incarnation.json").write_text('{"id": "somebody-else"}')
+        return plain(run, index, measure)
+
+    loop.take_step = step
+    try:
+        return train_run(config, overrides)
+    finally:
+        loop.take_step = plain
+
+
+def score(arch: str, windows: int, **options: Any) -> list[list[float]]:
+    """Scores of windows of many lengths, and of streams, shared over the ranks."""
+    engine = open_engine(make_config(arch, **options), "float64")
+    scorer = Scorer(engine.model, torch.device("cpu"), eot_id=0, batch_size=2, chunk=7, shares=engine.shares())
+    generator = np.random.default_rng(0)
+    texts = [generator.integers(0, 67, 3 + 5 * number) for number in range(windows)]
+    return [
+        scorer.windows([Window(0, text, len(text) - 1) for text in texts]),
+        scorer.streams(texts, length=6),
+    ]
