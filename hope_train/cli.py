@@ -391,7 +391,8 @@ def _invoke(command: Any, arguments: list[str]) -> int:
             code = command.invoke(context)
     except typer.Exit as stop:
         code = stop.exit_code
-    sys.stdout.flush()
+    if sys.stdout is not None:  # a process may be started without
+        sys.stdout.flush()
     return code if isinstance(code, int) else 0
 
 

@@ -45,6 +45,7 @@ FLOORS: dict[str, float] = {
     "hope_train.plan.parameters": 0.6,
     "hope_train.config": 0.5,
     "hope_train.errors": 0,
+    "hope_train.machine": 0,
     "hope_train": 0,
 }
 NO_TORCH = ("hope_train.config", "hope_train.plan", "hope_train.report", "hope_train.cli", "data_pipelines", "launch")

@@ -70,6 +70,7 @@ class CheckpointWriter:
 
     Attributes:
         last, last_step: the newest checkpoint published by this writer (or gone on from) and its step, or None.
+        failures: saves in a row, up to the newest, that failed.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class CheckpointWriter:
         self.levels = levels
         self.last: Path | None = None
         self.last_step: int | None = None
+        self.failures = 0
         self._base: Manifest | None = None
         self._staging = Staging()
         # A group of its own: the writing thread's messages must not mix with the training's.
@@ -218,7 +220,7 @@ class CheckpointWriter:
                     with self.fence.held():
                         self._publish(work, self.checkpoints / step_name(facts.step))
                     self._base = manifest
-        self.last, self.last_step = self.checkpoints / step_name(facts.step), facts.step
+        self.last, self.last_step, self.failures = self.checkpoints / step_name(facts.step), facts.step, 0
         if prune and self.rank == 0:
             try:
                 self.prune()
@@ -260,6 +262,7 @@ class CheckpointWriter:
             if self.rank == 0:
                 shutil.rmtree(work, ignore_errors=True)
             if isinstance(error, OSError | CheckpointException | RuntimeError):
+                self.failures += 1
                 hint = ": free some space" if is_disk_full(error) else ""
                 reason = one_line(error)
                 raise SaveError(f"step {step} could not be saved ({reason}){hint}") from error

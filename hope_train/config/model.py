@@ -149,7 +149,7 @@ class ModelConfig(Section):
     d_model: int = Field(256, ge=1)
     """Width of the residual stream."""
 
-    n_layers: int = Field(4, ge=1)
+    n_layers: int = Field(4, ge=1, le=10_000)
     """Number of blocks."""
 
     n_heads: int = Field(4, ge=1)

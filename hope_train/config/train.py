@@ -164,6 +164,10 @@ class CheckpointConfig(Section):
     async_save: bool = False
     """Write in the background while training goes on."""
 
+    patience: int = Field(3, ge=1)
+    """Stop when this many saves in a row have failed (a full disk); the checkpoints before them stay whole. The save
+    that decides is never in the background."""
+
     levels: Literal["own", "all"] = "own"
     """`own`: a CMS level that has taken no update since it was last written is referred to, not written again; `all`:
     every save writes every level, so that no two checkpoints share a file."""

@@ -89,6 +89,9 @@ def train(run: Session, stop: StopRequest) -> Outcome:
             evaluate(run, stop, "validation")
 
     save(run, last=True)
+    if progress.refused:  # the weights are those of the last good step, and what came after it may be the model's end
+        few = "the last step was" if progress.refused == 1 else f"the last {progress.refused} steps were"
+        return Outcome("nan", f"{few} not finite: batches {progress.step - progress.refused} to {progress.step - 1}")
     for split in ("validation", "test") if config.eval.test_at_end else ("validation",):
         if not is_evaluated(run, split) and not evaluate(run, stop, split):
             stop_reason = stop.asked()  # an evaluation is cut short in a run of one process only

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from hope_train.checkpoint.fence import FencedError
+from hope_train.checkpoint.fence import FencedError, refuse_if_in_use
+from hope_train.checkpoint.manifest import CHECKPOINTS, list_checkpoints, step_of
 from hope_train.checkpoint.writer import SaveError
 from hope_train.config.load import load_config
 from hope_train.config.mesh import resolve_mesh
 from hope_train.config.tree import RunConfig
+from hope_train.errors import UserError
 from hope_train.evaluate.run_files import pick_device
 from hope_train.parallel.mesh import Mesh, close_mesh, open_mesh, process_rank, world_size
 from hope_train.parallel.team import SharedError, Team
@@ -24,7 +26,7 @@ from hope_train.train.evaluation import FIGURES
 from hope_train.train.loop import Outcome, train
 from hope_train.train.metrics import strict
 from hope_train.train.session import Session, open_session
-from hope_train.train.signals import StopRequest
+from hope_train.train.signals import Interrupted, StopRequest
 
 COMPLETED, CRASHED, WRONG_INPUT, NOT_FINITE = 0, 1, 2, 3
 
@@ -40,12 +42,12 @@ def train_command(config: str, overrides: Sequence[str], resume: str, force_conf
         as_json: print the summary as JSON on stdout, and everything else on stderr.
 
     Returns:
-        The exit code: 0 completed, or stopped on request after saving; 1 the last save failed, or another process has
-        taken the run over; 3 stopped because the loss was not finite.
+        The exit code: 0 completed, or stopped on request after saving; 1 another process has taken the run over; 3
+        stopped because the loss was not finite.
 
     Raises:
-        UserError: something is wrong with the input; nothing has been started. Of several processes the first raises
-            it, and the others return 2.
+        UserError: something is wrong with the input and nothing has been started, or saves fail and the checkpoints
+            before them are whole. Of several processes the first raises it, and the others return 2.
     """
     team = Team(process_rank(), world_size())
     try:
@@ -63,33 +65,69 @@ def train_on(mesh: Mesh, settings: RunConfig, resume: str, force_config: bool, a
     """`train_command` of every process of the mesh. Raises UserError."""
     leads = mesh.team.leads
     display = Display(settings.log.progress, to_stderr=as_json, silent=not leads)
-    run = mesh.team.alike(lambda: open_session(settings, resume, force_config, display, mesh))
-    if run is None:
-        run_dir = Path(settings.run_dir).expanduser()
-        display.say(f"{run_dir} is complete ({settings.train.total_steps} steps): nothing to do")
-        if as_json and leads:
-            print(json.dumps(rundir.read_stopped(run_dir), ensure_ascii=False))
-        return COMPLETED
-    if mesh.sizes.world > 1:
-        display.say(f"{mesh.sizes.world} processes: {mesh.sizes}")
-    try:
-        return execute(run, as_json)
-    finally:
-        run.close()
+    run_dir = Path(settings.run_dir).expanduser()
+    with StopRequest(run_dir, alone=mesh.team.ranks == 1) as stop:
+        try:
+            with stop.opening():
+                run = mesh.team.alike(lambda: open_session(settings, resume, force_config, display, mesh, stop))
+        except Interrupted:
+            summary = stopped_early(settings, str(stop.signal))
+            display.say(f"stopped ({summary['detail']}): nothing to save; the same command starts again")
+            if as_json:
+                display.result(json.dumps(summary, ensure_ascii=False))
+            return COMPLETED
+        if run is None:
+            display.say(f"{run_dir} is complete ({settings.train.total_steps} steps): nothing to do")
+            if as_json and leads:
+                display.result(json.dumps(rundir.read_stopped(run_dir), ensure_ascii=False))
+            return COMPLETED
+        if mesh.sizes.world > 1:
+            display.say(f"{mesh.sizes.world} processes: {mesh.sizes}")
+        try:
+            return execute(run, stop, as_json)
+        finally:
+            run.close()
 
 
-def execute(run: Session, as_json: bool = False) -> int:
-    """Train an open run, leave the marker that says why it stopped, and print a summary. Returns the exit code."""
+def stopped_early(settings: RunConfig, signal: str) -> dict[str, Any]:
+    """A stop before training began, as a summary. Where the run has been begun earlier and was killed, it is marked."""
+    run_dir = Path(settings.run_dir).expanduser()
+    there = list_checkpoints(run_dir / CHECKPOINTS)
+    step = (step_of(there[-1]) or 0) if there else 0
+    newest = f"{CHECKPOINTS}/{there[-1].name}" if there else None
+    detail = f"{signal} before training began"
+    with suppress(OSError, UserError):
+        refuse_if_in_use(run_dir)
+        begun = (run_dir / rundir.CONFIG).is_file() and not (run_dir / rundir.STOPPED).exists()
+        if begun and not rundir.serious(rundir.differences_from(run_dir, settings)):
+            tokens = step * settings.train.batch_tokens
+            rundir.write_stopped(run_dir, "signal", step, tokens, checkpoint=newest, detail=detail)
+    return {"run": str(run_dir), "reason": "signal", "detail": detail, "step": step, "checkpoint": newest}
+
+
+def execute(run: Session, stop: StopRequest, as_json: bool = False) -> int:
+    """Train an open run, leave the marker that says why it stopped, and print a summary.
+
+    Returns the exit code. Raises UserError on the first process, and returns 2 on the others, if saves fail.
+    """
     try:
-        with StopRequest(run.run_dir, alone=run.engine.mesh.team.ranks == 1) as stop:
+        try:
             outcome = train(run, stop)
+        finally:
+            stop.leave()
     except FencedError as error:
         run.display.say(f"stopped: {error}")
         return CRASHED
     except SaveError as error:
-        mark(run, Outcome("error", str(error)))
-        run.display.say(f"stopped: {error}; the newest whole checkpoint is {_newest(run)}")
-        return CRASHED
+        failed = run.writer.failures
+        in_a_row = f"; {failed} saves in a row have failed" if failed > 1 else ""
+        mark(run, Outcome("error", f"{error}{in_a_row}"))
+        run.display.stop()
+        if not run.leads:
+            return WRONG_INPUT
+        newest = _newest(run)
+        left = f"the newest whole checkpoint is {newest}" if newest else "there is no checkpoint"
+        raise UserError(f"stopped: {error}{in_a_row}; {left}") from None
     except KeyboardInterrupt:
         mark(run, Outcome("signal", "SIGINT twice: aborted without saving"))
         raise
@@ -104,7 +142,7 @@ def execute(run: Session, as_json: bool = False) -> int:
     run.display.stop()
     summary = summarise(run, outcome)
     if as_json and run.leads:
-        print(json.dumps(strict(summary), ensure_ascii=False), flush=True)
+        run.display.result(json.dumps(strict(summary), ensure_ascii=False))
     else:
         for line in summary_lines(summary):
             run.display.say(line)

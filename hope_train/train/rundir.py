@@ -70,8 +70,8 @@ def check_owner(run_dir: Path, config: RunConfig, tokenizer: Tokenizer, force: b
         names = list(matter)
         more = f" (and {len(names) - 1} more: {', '.join(names[1:4])})" if len(names) > 1 else ""
         raise UserError(
-            f"run directory {run_dir} belongs to another configuration: {key} is {_short(was)} there and "
-            f"{_short(now)} here{more}; choose another name= or dir=, or say --force-config to go on with the new one"
+            f"run directory {run_dir} belongs to another configuration: {key} is {short(was)} there and "
+            f"{short(now)} here{more}; choose another name= or dir=, or say --force-config to go on with the new one"
         )
     own = run_dir / TOKENIZER_FILE
     if own.is_file() and not force and own.read_bytes() != tokenizer.proto:
@@ -90,6 +90,11 @@ def differences_from(run_dir: Path, config: RunConfig) -> Changes:
         return {}
     except (OSError, ValueError, yaml.YAMLError):
         tree = None
+    return differences_from_tree(tree, config)
+
+
+def differences_from_tree(tree: Any, config: RunConfig) -> Changes:
+    """In what `config` differs from the configuration in a plain tree, as an earlier run wrote it."""
     # Validated first, so that a key which did not exist yet when it was written has its default; what another version
     # wrote and this one refuses is compared as it stands.
     with contextlib.suppress(UserError):
@@ -116,7 +121,8 @@ def serious(changed: Changes) -> Changes:
     }
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -12,10 +12,10 @@ from hope_train.train.session import Session, data_identity
 
 
 def save(run: Session, last: bool = False) -> None:
-    """Save now, unless this very step has been saved. In mid-run a failure is a warning; the last save raises it.
+    """Save now, unless this very step has been saved. In mid-run a failure is a warning, until patience ends.
 
     Raises:
-        SaveError: (with `last`) it failed; older checkpoints are whole.
+        SaveError: with `last`, or where `checkpoint.patience` saves in a row have failed; older checkpoints are whole.
         FencedError: another process has taken the run over.
     """
     with run.clock.paused():
@@ -25,12 +25,14 @@ def save(run: Session, last: bool = False) -> None:
         for file in (run.metrics, run.evaluations):
             sync(run, file)
         run.optimizer.fold()
+        # Nobody knows of a failure in the background at the same step on all ranks: the try that decides is waited for.
+        decisive = last or run.writer.failures + 1 >= run.config.checkpoint.patience
         state = run.engine.wrap(training_state(run.model, run.optimizer))
         try:
             # During a row of refused steps the older checkpoints may be the better ones: none is deleted then.
-            run.writer.save(state, facts(run), wait=last, prune=run.progress.refused == 0)
+            run.writer.save(state, facts(run), wait=decisive, prune=run.progress.refused == 0)
         except SaveError as error:
-            if last:
+            if decisive:
                 raise
             warn(run, error)
         finally:

@@ -20,13 +20,16 @@ from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.evaluate.loop import Evaluator
 from hope_train.levels.optimizer import LevelOptimizer
+from hope_train.machine import memory_bytes
 from hope_train.model.hope import HopeModel
 from hope_train.parallel.engine import Engine, build_engine
 from hope_train.parallel.mesh import Mesh
+from hope_train.plan.parameters import parameter_count
 from hope_train.train import randomness, rundir
 from hope_train.train.display import Display
 from hope_train.train.loggers import Loggers, check_loggers
 from hope_train.train.metrics import JsonLines, NoLines, Stopwatch
+from hope_train.train.signals import StopRequest
 
 
 @dataclass
@@ -108,24 +111,32 @@ class Session:
         return self.config.train.total_steps
 
     def close(self) -> None:
-        """Close the logs. Raises OSError if a line could not be written to the last."""
+        """Close the logs. Lines that could not be written to the last are lost, and that is said."""
         self.loggers.close()
         self.display.stop()
-        try:
-            self.metrics.close()
-        finally:
-            self.evaluations.close()
-            if self.leads:
-                self.writer.fence.release()
+        for file in (self.metrics, self.evaluations):
+            try:
+                file.close()
+            except OSError as error:
+                self.display.say(f"warning: {file.path.name}: the last lines are lost: {error.strerror}")
+        if self.leads:
+            self.writer.fence.release()
 
 
-def is_complete(config: RunConfig, run_dir: Path) -> bool:
-    """Whether this run has been trained, saved and evaluated to its end already."""
-    stopped = rundir.read_stopped(run_dir)
-    return stopped.get("reason") == "completed" and stopped.get("step", 0) >= config.train.total_steps
+def is_complete(config: RunConfig, run_dir: Path, newest: Manifest | None) -> bool:
+    """Whether this run has been trained, saved and evaluated to its end already.
+
+    newest: its newest whole checkpoint. A run whose checkpoints were all taken away is still complete; one whose last
+    is damaged is not.
+    """
+    stopped, total = rundir.read_stopped(run_dir), config.train.total_steps
+    marked = stopped.get("reason") == "completed" and stopped.get("step", 0) >= total
+    return marked and (newest is None or newest.step >= total)
 
 
-def open_session(config: RunConfig, resume: str, force: bool, display: Display, mesh: Mesh) -> Session | None:
+def open_session(
+    config: RunConfig, resume: str, force: bool, display: Display, mesh: Mesh, stop: StopRequest
+) -> Session | None:
     """Check everything, build model and optimizer, load the checkpoint to go on from, and take the directory over.
 
     Nothing is written (but the cache of tokenised text) before all checks have passed. Every rank of the mesh calls
@@ -134,6 +145,7 @@ def open_session(config: RunConfig, resume: str, force: bool, display: Display, 
     Args:
         resume: `auto`, `never`, or the checkpoint to go on from.
         force: go on although the directory, or the checkpoint, is of another configuration.
+        stop: is told when the directory is about to be taken over.
 
     Returns:
         The open run; None if it is complete and there is nothing to do.
@@ -149,32 +161,36 @@ def open_session(config: RunConfig, resume: str, force: bool, display: Display, 
         check_loggers(config)
 
     def look() -> tuple[list[str], bool, tuple[Path, Manifest] | None]:
-        """(keys that were changed, whether the run is complete, the checkpoint to go on from)."""
+        """(what to say at the start, whether the run is complete, the checkpoint to go on from)."""
         changed = rundir.check_owner(run_dir, config, tokenizer, force)
-        if resume == "auto" and is_complete(config, run_dir):
-            return changed, True, None
+        notes = [f"configuration changed since the last start: {', '.join(changed)}"] if changed else []
         found = choose_checkpoint(run_dir, resume, display.say)
         if found is not None:
             check_same_run(*found, config, tokenizer.fingerprint, force)
-        return changed, False, found
+        if resume == "auto" and is_complete(config, run_dir, found[1] if found is not None else None):
+            return notes, True, None
+        if found is not None and resume != "auto":
+            notes += other_settings(found[1], config)
+        return notes, False, found
 
     team.on_first(check_place)
     tokenizer = team.together(lambda: open_tokenizer(config.data, config.model.vocab_size))
-    changed, complete, found = team.on_first(look)
+    notes, complete, found = team.on_first(look)
     if complete:
         return None
     prepare_torch(config)
     evaluator = team.together(lambda: Evaluator(config, tokenizer, mesh.device))
     data = team.together(lambda: open_data(config.data, config.train, config.seed, config.model.vocab_size))
     if found is not None:
-        check_same_data(*found, data_identity(config, data), force)
+        notes += check_same_data(*found, data_identity(config, data), force)
 
     randomness.seed_everything(config.seed)
-    engine = build_engine(config, mesh)
+    engine = team.together(lambda: build(config, mesh))
     evaluator.shares = engine.shares()
     progress = Progress() if found is None else load_progress(*found, engine)
     apply_options(config, engine.model)
 
+    stop.opened()
     fence = team.on_first(lambda: rundir.open_directory(run_dir, config, tokenizer, progress.step))
     keep = config.checkpoint
     writer = CheckpointWriter(fence, keep.keep_last, keep.keep_every, keep.async_save, display.say, keep.levels)
@@ -184,10 +200,8 @@ def open_session(config: RunConfig, resume: str, force: bool, display: Display, 
         writer.go_on_from(*found)
     if keep.async_save:
         writer.reserve(engine.wrap(training_state(engine.model, engine.optimizer)))
-    if changed:
-        display.say(f"configuration changed since the last start: {', '.join(changed)}")
-    for line in engine.optimizer.plan.warnings():
-        display.say(f"warning: {line}")
+    for line in (*notes, *(f"warning: {line}" for line in engine.optimizer.plan.warnings())):
+        display.say(line)
     if found is not None:
         display.say(f"going on from {found[0]} (step {progress.step}, {progress.tokens:,} tokens)")
     lines = JsonLines if team.leads else NoLines
@@ -229,7 +243,15 @@ def choose_checkpoint(run_dir: Path, resume: str, tell: Any) -> tuple[Path, Mani
 
 
 def check_same_run(folder: Path, manifest: Manifest, config: RunConfig, tokenizer: str, force: bool) -> None:
-    """Refuse a checkpoint of another model or tokenizer. With `force` only the shapes, later, have to fit."""
+    """Refuse a checkpoint from beyond the run's end, of another model or of another tokenizer.
+
+    With `force` only the shapes, later, have to fit.
+    """
+    if manifest.step > config.train.total_steps:
+        raise UserError(
+            f"checkpoint {folder} is of step {manifest.step}, and this run ends at {config.train.total_steps}: raise "
+            f"train.tokens (now {config.train.tokens}, the checkpoint has seen {manifest.tokens})"
+        )
     if force:
         return
     keys = rundir.differences(manifest.config.get("model"), config.model.model_dump(mode="json"), "model.")
@@ -245,14 +267,42 @@ def check_same_run(folder: Path, manifest: Manifest, config: RunConfig, tokenize
         )
 
 
-def check_same_data(folder: Path, manifest: Manifest, identity: dict[str, Any], force: bool) -> None:
-    """Refuse to go on with batches that are not those the run began with."""
+def other_settings(manifest: Manifest, config: RunConfig) -> list[str]:
+    """In one line, if any, which keys a checkpoint was trained with otherwise, as far as they matter to the result."""
+    keys = rundir.serious(rundir.differences_from_tree(manifest.config, config))
+    shown = [f"{key} {rundir.short(was)} -> {rundir.short(now)}" for key, (was, now) in list(keys.items())[:8]]
+    more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
+    return [f"configuration differs from the checkpoint's: {', '.join(shown)}{more}"] if keys else []
+
+
+def check_same_data(folder: Path, manifest: Manifest, identity: dict[str, Any], force: bool) -> list[str]:
+    """Refuse to go on with batches that are not those the run began with; with `force`, say it in a line."""
     keys = rundir.differences(manifest.data, identity)
-    if keys and not force:
+    if keys and force:
+        return [f"data differs from the checkpoint's: {', '.join(keys)}; samples may be lost or seen twice"]
+    if keys:
         raise UserError(
             f"checkpoint {folder} was trained on other data ({', '.join(keys)} differ): samples would be lost or seen "
             "twice; restore the text, or say --force-config to go on with the new one"
         )
+    return []
+
+
+def build(config: RunConfig, mesh: Mesh) -> Engine:
+    """`build_engine`, for sizes a machine can hold. Raises UserError that names what is needed otherwise."""
+    count, there = parameter_count(config.model) // mesh.sizes.tp, memory_bytes()
+    # fp32 weights are made in main memory; a run on the CPU adds gradients and two moments of the same size.
+    each, what = (16, "weights, gradients and moments") if mesh.device.type == "cpu" else (4, "weights")
+    need = f"the model has {count:,} parameters, whose {what} need {each * count / 2**30:,.1f} GiB"
+    smaller = "make the model smaller (`hope plan` shows what its parts need)"
+    if each * count > there:
+        raise UserError(f"{need}, and this machine has {there / 2**30:,.1f}: {smaller}")
+    try:
+        return build_engine(config, mesh)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"{need}, more than is free here: {smaller}") from None
 
 
 def data_identity(config: RunConfig, data: DataBundle) -> dict[str, Any]:

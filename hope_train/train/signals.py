@@ -13,20 +13,21 @@ from typing import Any
 from hope_train.parallel.team import Team
 
 STOP_FILE = "STOP"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 ANSWERS = (f"{STOP_FILE} file", *(number.name for number in SIGNALS))
 """Who may ask."""
 
 
-class Interrupted(Exception):
-    """A stop was asked for during work that may be dropped and done again."""
+class Interrupted(BaseException):
+    """A stop was asked for during work that may be dropped and done again. No error: no `except Exception` is meant."""
 
 
 class StopRequest:
     """Remembers that a stop was asked for; the loop looks at it between steps. Use as a context manager.
 
     A first signal lets the step finish and the run save. A second SIGINT aborts at once (KeyboardInterrupt): whoever
-    presses Ctrl-C twice does not want to wait. Outside the main thread only the file is looked at.
+    presses Ctrl-C twice does not want to wait. SIGHUP stays ignored where it was (nohup). Outside the main thread only
+    the file is looked at.
     """
 
     def __init__(self, run_dir: Path, alone: bool = True) -> None:
@@ -40,12 +41,18 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            for number in SIGNALS:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Signals are treated as before again."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -79,6 +86,24 @@ class StopRequest:
         """Remove the STOP file: it has been obeyed, and is no order to the next start."""
         with contextlib.suppress(OSError):
             self.file.unlink()
+
+    @contextlib.contextmanager
+    def opening(self) -> Iterator[None]:
+        """A block that a signal cuts short, up to `opened`: nothing has been begun that would have to be ended.
+
+        A STOP file is left for the loop. With several processes the signal waits for the loop, as in `droppable`.
+        """
+        self._droppable = self.alone
+        try:
+            if self.alone and self.signal is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._droppable = False
+
+    def opened(self) -> None:
+        """From here on a signal waits for the loop."""
+        self._droppable = False
 
     @contextlib.contextmanager
     def droppable(self) -> Iterator[None]:

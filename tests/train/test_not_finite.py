@@ -80,6 +80,30 @@ def test_enough_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(
     assert [("refused" in row) for row in tiny.metrics("a")] == [False, True] + [False] * 7
 
 
+def test_a_run_that_ends_so_is_not_completed(
+    tiny: Tiny, spoil: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("checkpoint.every=4", "checkpoint.keep_last=1")
+    spoil({14, 16})  # the last two steps of nine
+    assert tiny.train("a", *options) == 3
+    marker = tiny.stopped("a")
+    assert (marker["reason"], marker["step"]) == ("nan", STEPS)
+    assert marker["detail"] == "the last 2 steps were not finite: batches 7 to 8"
+    # What was learnt is saved, beside the last good checkpoint; and to start again changes nothing.
+    assert tiny.checkpoints("a") == ["step_00000004", f"step_{STEPS:08d}"]
+    assert not [row for row in tiny.evaluations("a") if row["step"] == STEPS]
+    monkeypatch.undo()
+    assert tiny.train("a", *options) == 3
+    # Longer training may get over it.
+    assert tiny.train("a", *options, f"train.tokens={(STEPS + 1) * 128}", force=True) == 0
+    assert tiny.stopped("a")["reason"] == "completed"
+
+
+def test_a_run_that_never_made_a_step(tiny: Tiny) -> None:
+    assert tiny.train("a", "model.init_std=1e38", "train.tokens=256") == 3
+    assert tiny.stopped("a")["reason"] == "nan"
+
+
 def test_a_resume_counts_on(tiny: Tiny, spoil: Callable[..., None]) -> None:
     # A stop in the middle of such a row: patience is not new at each start, and no older checkpoint is pruned for it.
     spoil({4, 6, 8, 10})

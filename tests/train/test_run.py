@@ -106,6 +106,29 @@ class TestFresh:
         assert "nothing to do" in capsys.readouterr().out
         assert contents(tiny.dir("a")) == before
 
+    def test_a_completed_run_is_looked_at_again(self, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+        assert tiny.train("whole", "checkpoint.every=4") == 0
+        assert tiny.train("a", "checkpoint.every=4") == 0
+        file = tiny.checkpoint("a", STEPS) / "core" / "__0_0.distcp"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        capsys.readouterr()
+        assert tiny.train("a", "checkpoint.every=4") == 0
+        out = capsys.readouterr().out
+        assert "passed over" in out
+        assert "(step 8, 1,024 tokens)" in out
+        assert_same_run(tiny, "a", "whole")
+
+    def test_a_completed_run_without_its_checkpoints_is_complete(
+        self, tiny: Tiny, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert tiny.train("a", "train.tokens=128") == 0
+        shutil.rmtree(tiny.checkpoint("a", 1))
+        capsys.readouterr()
+        assert tiny.train("a", "train.tokens=128") == 0
+        assert "nothing to do" in capsys.readouterr().out
+
     def test_killed_before_the_last_evaluation(self, tiny: Tiny) -> None:
         assert tiny.train("a") == 0
         shutil.copytree(tiny.dir("a"), tiny.dir("b"))
@@ -179,7 +202,30 @@ class TestResume:
         message = refused(tiny, "b", "model.cms.levels.1.period=3", resume=path, force=True)
         assert "level_1 has period 2 in the checkpoint and 3" in message
 
-    def test_other_text_is_refused(self, tiny: Tiny, tmp_path: Path) -> None:
+    def test_other_settings_are_named(self, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+        assert tiny.train("a", "train.tokens=256", "checkpoint.every=1") == 0
+        path = str(tiny.checkpoint("a", 1))
+        capsys.readouterr()
+        changes = ("train.tokens=256", "optimizer.lr=1.0", "optimizer.schedule.min_ratio=0.5", "train.log_every=2")
+        assert tiny.train("b", *changes, resume=path) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "differs" in line]
+        assert line == (
+            "configuration differs from the checkpoint's: optimizer.lr 0.01 -> 1.0, "
+            "optimizer.schedule.min_ratio 0.1 -> 0.5"
+        )
+        assert tiny.train("c", "train.tokens=256", resume=path) == 0
+        assert "differs" not in capsys.readouterr().out
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_a_checkpoint_from_beyond_the_end(self, tiny: Tiny, force: bool) -> None:
+        assert tiny.train("a", "train.tokens=512") == 0
+        message = refused(tiny, "b", "train.tokens=256", resume=str(tiny.checkpoint("a", 4)), force=force)
+        assert (
+            "is of step 4, and this run ends at 2: raise train.tokens (now 256, the checkpoint has seen 512)" in message
+        )
+        assert "is of step 4" in refused(tiny, "a", "train.tokens=256", force=True)
+
+    def test_other_text_is_refused(self, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert tiny.train("a", "train.tokens=256", "checkpoint.every=1") == 0
         other = tmp_path / "other.txt"
         other.write_text("another text altogether, long enough for a few windows " * 100, encoding="utf-8")
@@ -188,7 +234,10 @@ class TestResume:
         message = refused(tiny, "b", sources, resume=path)
         assert "was trained on other data (text, windows differ)" in message
         assert "seed differ" in refused(tiny, "b", "seed=4", resume=path)
+        capsys.readouterr()
         assert tiny.train("b", sources, "train.tokens=256", resume=path, force=True) == 0
+        said = "data differs from the checkpoint's: text, windows; samples may be lost or seen twice"
+        assert said in capsys.readouterr().out.splitlines()
 
 
 class TestRunDirectory:
@@ -264,6 +313,11 @@ class TestRunDirectory:
         ("eval.wikitext=/nowhere", "/nowhere"),
         ("train.context_length=64000", "batch_tokens=128 is not a multiple"),
         ("model.arch=transformer_pp", "mlp_width"),
+        ("model.d_model=200000000", "weights, gradients and moments need"),
+        ("model.cms.levels.1.width=100000000000", "GiB, and this machine has"),
+        ("model.n_layers=1000000000", "10000"),
+        ("seed=99999999999999999999999", "seed"),
+        ("train.threads=100000", "train.threads"),
     ],
 )
 def test_bad_input_is_one_line_and_no_run_directory(tiny: Tiny, override: str, message: str) -> None:
@@ -271,6 +325,16 @@ def test_bad_input_is_one_line_and_no_run_directory(tiny: Tiny, override: str, m
         pytest.skip("there is a CUDA device")
     assert message in refused(tiny, "a", override)
     assert not tiny.dir("a").exists()
+
+
+def test_a_model_that_finds_no_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small enough for the machine, and more than is free: what the allocator says is made a line of ours.
+    def build(*arguments: object) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(session_module, "build_engine", build)
+    message = refused(tiny, "a")
+    assert "weights, gradients and moments need 0.0 GiB, more than is free here" in message
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])

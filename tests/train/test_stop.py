@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hope_train.evaluate.loop import Evaluator
-from hope_train.train import loop
+from hope_train.train import loop, session
 from hope_train.train.signals import Interrupted, StopRequest
 from tests.train.tiny import STEPS, Tiny, assert_same_run
 
@@ -33,7 +36,9 @@ def send(number: signal.Signals) -> Any:
     return lambda run: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name
+)
 @pytest.mark.parametrize("async_save", ["true", "false"])
 def test_a_signal(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, async_save: str) -> None:
     options = ("checkpoint.every=2", f"checkpoint.async_save={async_save}", "checkpoint.keep_last=9")
@@ -160,8 +165,100 @@ def test_a_run_that_is_taken_over_writes_nothing_more(
     assert not (tiny.dir("a") / "STOPPED.json").exists()
 
 
+class TestBeforeTraining:
+    """A stop while text is tokenised and the model is built: nothing to save, nothing to wait for."""
+
+    @staticmethod
+    def in_the(monkeypatch: pytest.MonkeyPatch, place: str, *numbers: signal.Signals) -> None:
+        """Send signals in the middle of a part of the opening."""
+        plain = getattr(session, place)
+
+        def patched(*arguments: Any, **more: Any) -> Any:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            return plain(*arguments, **more)
+
+        monkeypatch.setattr(session, place, patched)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+    @pytest.mark.parametrize("place", ["open_tokenizer", "open_data", "build_engine"])
+    def test_of_a_new_run(
+        self,
+        tiny: Tiny,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        number: signal.Signals,
+        place: str,
+    ) -> None:
+        before = signal.getsignal(number)
+        self.in_the(monkeypatch, place, number)
+        assert tiny.train("a") == 0
+        assert signal.getsignal(number) is before
+        assert not tiny.dir("a").exists()
+        out = capsys.readouterr().out
+        assert out == f"stopped ({number.name} before training began): nothing to save; the same command starts again\n"
+
+    def test_of_a_run_that_was_killed(
+        self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert tiny.train("whole", "checkpoint.every=4") == 0
+        assert tiny.train("a", "checkpoint.every=4") == 0
+        shutil.rmtree(tiny.checkpoint("a", STEPS))
+        (tiny.dir("a") / "STOPPED.json").unlink()
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            self.in_the(patch, "open_data", signal.SIGTERM)
+            assert tiny.train("a", "checkpoint.every=4", json=True) == 0
+        marker, summary = tiny.stopped("a"), json.loads(capsys.readouterr().out)
+        assert marker.items() >= {"reason": "signal", "step": 8, "tokens": 8 * 128}.items()
+        assert marker["detail"] == summary["detail"] == "SIGTERM before training began"
+        assert marker["checkpoint"] == summary["checkpoint"] == "checkpoints/step_00000008"
+        assert tiny.train("a", "checkpoint.every=4") == 0
+        assert_same_run(tiny, "a", "whole")
+
+    def test_what_is_marked_already_stays_so(self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert tiny.train("a", "train.tokens=128") == 0
+        marker = (tiny.dir("a") / "STOPPED.json").read_bytes()
+        self.in_the(monkeypatch, "open_tokenizer", signal.SIGTERM)
+        assert tiny.train("a", "train.tokens=128") == 0
+        assert (tiny.dir("a") / "STOPPED.json").read_bytes() == marker
+        (tiny.dir("a") / "STOPPED.json").unlink()
+        assert tiny.train("a", "train.tokens=128", "optimizer.lr=1") == 0  # not this run's directory
+        assert not (tiny.dir("a") / "STOPPED.json").exists()
+
+    def test_once_the_directory_is_taken_over_the_loop_stops(self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            self.in_the(patch, "CheckpointWriter", signal.SIGHUP)
+            assert tiny.train("a") == 0
+        assert tiny.stopped("a").items() >= {"reason": "signal", "detail": "SIGHUP", "step": 0}.items()
+        assert tiny.checkpoints("a") == ["step_00000000"]
+
+    def test_a_second_interrupt_after_that(self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.in_the(monkeypatch, "CheckpointWriter", signal.SIGINT, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.train("a")
+
+
 class TestStopRequest:
     """The piece by itself."""
+
+    def test_a_hangup_that_was_ignored_stays_ignored(self, tmp_path: Path) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with StopRequest(tmp_path) as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.asked() is None
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def test_what_takes_errors_for_its_own_does_not_take_a_stop_for_one(self, tmp_path: Path) -> None:
+        def work() -> None:
+            with suppress(Exception):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with StopRequest(tmp_path) as stop, pytest.raises(Interrupted), stop.opening():
+            work()
 
     def test_the_first_signal_is_the_reason(self, tmp_path: Path) -> None:
         with StopRequest(tmp_path) as stop:
