@@ -219,7 +219,7 @@ def make_plan(
     Raises UserError for an unknown device or interconnect, a mesh that the devices, the model or the batch do not fit,
     an MFU outside (0, 1].
     """
-    kind = find_device(device)
+    kind = find_device(device, devices)
     links = find_interconnect(interconnect, kind)
     if devices < 1:
         raise UserError(f"devices={devices}: at least 1 is needed")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from hope_train.errors import UserError
+from hope_train.machine import memory_bytes
 
 GIB = 2**30
 
@@ -63,7 +65,8 @@ _DEVICES = (
     # AMD Instinct MI300X data sheet: 1307 TFLOP/s dense bf16, 163.4 fp32 (matrix and vector), 192 GB, 5.3 TB/s.
     _device("mi300x", "AMD Instinct MI300X", 1307, 163.4, 192, 5.3),
     # Not a data sheet: one core of an AVX2 server at 2.5 GHz, two 8-wide fused multiply-adds per cycle = 80 GFLOP/s;
-    # bf16 is emulated there, so it is given the same peak. Memory and bandwidth are one core's share of a small server.
+    # bf16 is emulated there, so it is given the same peak. Bandwidth is one core's share of a small server; memory, in
+    # a plan, this machine's.
     _device("cpu", "one CPU core (AVX2, 2.5 GHz)", 0.08, 0.08, 8, 0.01),
 )
 DEVICES: dict[str, Device] = {device.name: device for device in _DEVICES}
@@ -71,15 +74,23 @@ DEVICES: dict[str, Device] = {device.name: device for device in _DEVICES}
 _ALIASES = {"a100": "a100-80", "h100-sxm": "h100", "h200-sxm": "h200", "4090": "rtx4090", "3090": "rtx3090"}
 
 
-def find_device(name: str) -> Device:
+def find_device(name: str, count: int = 1) -> Device:
     """The device called `name` (case and a leading `nvidia-` do not matter; `a100` is the 80 GB one).
+
+    `cpu` is a core of this machine, with its memory; `count` of them share it.
 
     Raises UserError with the nearest names for one that is not listed.
     """
     key = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
     key = _ALIASES.get(key, key)
+    if key == "cpu":
+        return replace(DEVICES[key], memory_bytes=memory_bytes() // max(count, 1))
     if key in DEVICES:
         return DEVICES[key]
-    close = difflib.get_close_matches(key, DEVICES, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else ""
-    raise UserError(f"unknown device {name!r}: {hint + ' ' if hint else ''}known are {', '.join(DEVICES)}")
+    raise UserError(f"unknown device {name!r}: {nearest(key, DEVICES)}known are {', '.join(DEVICES)}")
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """`did you mean a or b? ` with the names like `word`; nothing where there are none."""
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}? " if close else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from hope_train.config.mesh import MeshSizes
 from hope_train.errors import UserError
-from hope_train.plan.devices import Device
+from hope_train.plan.devices import Device, nearest
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,7 @@ def find_interconnect(name: str | None, device: Device) -> Interconnect:
     for word in (name or "").lower().replace("_", "-").split("+") if name is not None else ():
         link = LINKS.get(word.strip())
         if link is None:
-            close = difflib.get_close_matches(word.strip(), LINKS, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            hint = nearest(word.strip(), LINKS)
             raise UserError(f"unknown interconnect {name!r}: {hint}known are {', '.join(LINKS)}, or two joined by +")
         local = link.node is not None
         if local in given:

@@ -64,7 +64,7 @@ class Speed:
     """Model FLOPs (no recomputation) per second over the peak at the run's precision."""
 
     bound: str
-    """`compute`, `kernel launches`, `communication` or `given mfu`."""
+    """`compute`, `kernel launches` (`operator calls` on a CPU), `communication` or `given mfu`."""
 
     assumptions: tuple[str, ...]
 
@@ -110,14 +110,18 @@ def expected_speed(
     else:
         # Every tensor-parallel rank launches all of the kernels.
         launches = tokens * max(share.layers for share in shares) * launch_seconds(config) / flops.n_layers
-        busy, bound = (compute, "compute") if compute >= launches else (launches, "kernel launches")
+        called = "operator call" if device.name == "cpu" else "kernel launch"
+        slow = "operator calls" if device.name == "cpu" else "kernel launches"
+        busy, bound = (compute, "compute") if compute >= launches else (launches, slow)
         assumptions = [
             f"products reach {EFFICIENCY:.0%} of their peak",
-            f"{LAUNCH_SECONDS * 1e6:.0f} us per kernel launch"
+            f"{LAUNCH_SECONDS * 1e6:.0f} us per {called}"
             + (f", compiled chunks have {COMPILED_SHARE:.0%} of the kernels" if train.compile != "none" else ""),
         ]
         if train.precision == "bf16" and config.model.arch == "hope":
             assumptions.append("the memories' products run in fp32")
+    if device.name == "cpu":
+        assumptions.append(f"memory is this machine's ({device.memory_gib:.1f} GiB for each of {mesh.world})")
     idle = busy * pipeline_bubble(config, mesh).overhead
     by_rank = [communication(rank_flows(config, mesh, share), mesh, interconnect) for share in shares]
     exposed, kinds = max(((exposed_seconds(kinds, busy), kinds) for kinds in by_rank), key=lambda pair: pair[0])

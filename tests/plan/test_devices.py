@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hope_train.errors import UserError
-from hope_train.plan.devices import DEVICES, find_device
+from hope_train.plan.devices import DEVICES, GIB, find_device
 
 
 def test_names_people_use():
@@ -25,6 +25,12 @@ def test_unknown_device_names_the_nearest(wrong, right):
 def test_nothing_near_lists_all():
     with pytest.raises(UserError, match="known are b200, h200"):
         find_device("qqqq")
+
+
+def test_a_cpu_is_of_this_machine(monkeypatch):
+    monkeypatch.setattr("hope_train.plan.devices.memory_bytes", lambda: 48 * GIB)
+    assert find_device("cpu").memory_gib == 48
+    assert find_device("CPU", 4).memory_gib == 12
 
 
 def test_figures_are_of_a_sane_order():
