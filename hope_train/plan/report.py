@@ -180,7 +180,8 @@ def _time(plan: Plan, console: Console) -> None:
     if plan.devices > 1:
         share = {"computing": speed.busy_seconds, "bubble": speed.bubble_seconds, "exposed": speed.exposed_seconds}
         text = ", ".join(f"{name} {seconds / speed.step_seconds:.1%}" for name, seconds in share.items())
-        console.print(f"of a step: {text} communication; bubble: {plan.bubble.formula}", soft_wrap=True)
+        bubble = f"; bubble: {plan.bubble.formula}" if plan.mesh.pp > 1 else ""
+        console.print(f"of a step: {text} communication{bubble}", soft_wrap=True)
     console.print(f"assumed, not measured: {'; '.join(speed.assumptions)}", style="dim", soft_wrap=True)
 
 

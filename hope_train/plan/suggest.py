@@ -31,6 +31,8 @@ def suggest(config: RunConfig, device: Device, mesh: MeshSizes) -> Iterator[str]
             continue
         best, best_peak = candidate, footprint.peak
         changed |= dict(pair.split("=") for pair in word.split())
+        if changed.get("parallel.dp_shard") == "1":
+            changed.pop("parallel.keep_gathered", None)  # without shards it says nothing
         words = " ".join(f"{key}={value}" for key, value in changed.items())
         if footprint.fits(device):
             yield f"try {words}, which needs {best_peak / GIB:.1f} GiB"

@@ -137,13 +137,12 @@ def _tensor(config: RunConfig, mesh: MeshSizes, share: RankShare) -> Iterator[Fl
     again = share.layers * branches * count if train.recompute else 0
     again_sums = share.layers * (branches - 1) * count if train.recompute else 0
     if config.parallel.sequence_parallel:
-        name = "tokens of the residual stream"
         ends = count * (share.has_embedding + share.has_head)  # forward of the one, backward of the other
-        yield flow("sequence", f"{name}, into products", "all-gather", inner + again + count * share.has_head, enter)
-        yield flow("sequence", f"{name}, out of products", "reduce-scatter", inner + again_sums, leave)
-        yield flow("sequence", f"gradients of {name}, into products", "reduce-scatter", inner + ends, enter)
-        yield flow("sequence", f"gradients of {name}, out of products", "all-gather", inner, leave)
-        yield flow("sequence", "gradients of the embedding's output", "all-gather", count * share.has_embedding, enter)
+        yield flow("sequence", "stream into products", "all-gather", inner + again + count * share.has_head, enter)
+        yield flow("sequence", "stream out of products", "reduce-scatter", inner + again_sums, leave)
+        yield flow("sequence", "gradients into products", "reduce-scatter", inner + ends, enter)
+        yield flow("sequence", "gradients out of products", "all-gather", inner, leave)
+        yield flow("sequence", "gradients of the embedding", "all-gather", count * share.has_embedding, enter)
         held = sum(math.prod(shape) for name, shape in share.shapes.items() if split_of_parameter(name).dim is None)
         yield flow("sequence", "gradients of norm gains", "all-reduce", 1, FP32 * held)
     else:
