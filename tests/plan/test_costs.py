@@ -11,6 +11,7 @@ import pytest
 from hope_train.config.load import load_config
 from hope_train.errors import UserError
 from hope_train.plan.costs import make_plan
+from hope_train.plan.devices import GIB
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
@@ -42,6 +43,65 @@ def test_suggestions_do_what_they_say(name, device, overrides):
     better = make_plan(load_config(path, [*overrides, *words.split()]), device)
     assert better.fits
     assert better.footprint.peak / 2**30 == pytest.approx(float(needs), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "overrides", "word"),
+    [
+        ("rtx4090", 8, [], "parallel.dp_shard="),
+        ("l4", 2, ["train.micro_batch_size=1"], "parallel.tp=2"),
+        ("a100-40", 16, ["parallel.pp=2", "parallel.schedule=gpipe", "train.micro_batch_size=2"], "1f1b"),
+        ("rtx4090", 4, ["parallel.dp_replicate=4", "train.micro_batch_size=1"], "parallel.dp_replicate=1"),
+    ],
+    ids=str,
+)
+def test_suggestions_for_a_mesh_do_what_they_say(device, devices, overrides, word):
+    path, given = FOLDER / "hope_1b3.yaml", [*overrides, "train.recompute=true"]
+    if word == "1f1b":
+        given[-1] = "train.recompute=false"
+    plan = make_plan(load_config(path, given), device, devices)
+    assert not plan.fits
+    (line,) = plan.suggestions
+    words, needs = re.fullmatch(r"try (.+), which needs ([\d.]+) GiB", line).groups()
+    if word != "1f1b":
+        assert word in words
+    better = make_plan(load_config(path, [*given, *words.split()]), device, devices)
+    assert better.fits
+    assert better.footprint.peak / 2**30 == pytest.approx(float(needs), abs=0.06)
+
+
+def test_the_verdict_names_the_fullest_stage():
+    config = load_config(FOLDER / "hope_1b3.yaml", ["parallel.pp=4", "train.micro_batch_size=4"])
+    plan = make_plan(config, "h200", 4)
+    assert plan.verdict.startswith(f"fits: pipeline rank {plan.fullest.share.rank} needs ")
+    assert plan.footprint.peak == max(rank.footprint.peak for rank in plan.ranks)
+
+
+def test_a_slower_network_is_never_faster():
+    config = load_config(FOLDER / "transformer_pp_1b3.yaml", ["parallel.dp_shard=16", "train.micro_batch_size=8"])
+    rates = [
+        make_plan(config, "h100", 16, interconnect=name).speed.tokens_per_s
+        for name in ("ethernet-25", "ethernet-100", "ib-hdr", "ib-ndr", "ib-xdr", "nvl72")
+    ]
+    assert rates == sorted(rates)
+    assert rates[0] < 0.8 * rates[-1]
+    assert make_plan(config, "h100", 16, interconnect="ethernet-25").speed.bound == "communication"
+
+
+def test_unbalanced_stages_are_slower():
+    path = FOLDER / "hope_760m.yaml"
+    base = ["parallel.pp=2", "train.micro_batch_size=4"]
+    even, uneven = (
+        make_plan(load_config(path, [*base, *more]), "h200", 2) for more in ([], ["parallel.layers_per_stage=[18,6]"])
+    )
+    assert even.speed.tokens_per_s > uneven.speed.tokens_per_s
+    assert max(rank.cost for rank in even.ranks) < 1.05 < max(rank.cost for rank in uneven.ranks)
+    assert sum(rank.cost for rank in uneven.ranks) == pytest.approx(2)
+
+
+def test_too_few_micro_batches_are_warned_of():
+    config = load_config(FOLDER / "hope_1b3.yaml", ["parallel.pp=4", "parallel.schedule=gpipe"])
+    assert any("cannot fill 4 pipeline parts" in line for line in make_plan(config, "h200", 32).warnings)
 
 
 def test_a_model_too_large_is_said_to_be():
@@ -78,6 +138,16 @@ def test_compiling_the_memories_helps_where_launches_bound_the_speed():
     assert plain.speed.bound == "kernel launches"
     assert any("kernel launches" in line for line in plain.warnings)
     assert compiled.speed.tokens_per_s > plain.speed.tokens_per_s
+
+
+def test_a_cpu_launches_nothing_and_has_the_memory_of_this_machine(monkeypatch):
+    monkeypatch.setattr("hope_train.plan.devices.memory_bytes", lambda: 48 * GIB)
+    small = ["model.d_model=32", "model.n_heads=2", "train.micro_batch_size=1"]
+    cpu = make_plan(load_config(FOLDER / "hope_tiny.yaml", small), "cpu")
+    assert cpu.speed.bound == "operator calls"
+    assert not [line for line in (*cpu.warnings, *cpu.speed.assumptions) if "launch" in line]
+    assert "memory is this machine's (48.0 GiB for each of 1)" in cpu.speed.assumptions
+    assert "a cpu has 48" in cpu.verdict
 
 
 @pytest.mark.parametrize("device", ["b200", "h100", "a100-80", "l40s"])
