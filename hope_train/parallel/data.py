@@ -111,12 +111,14 @@ class DataParallel:
         periods: Mapping[str, int],
         group: ProcessGroup,
         late: Iterable[Tensor] = (),
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         """
         Args:
             sets: parameters by set, in the model's order.
             periods: by set.
             late: parameters whose gradient is not complete at the end of backward: they are summed by `finish`.
+            bucket_bytes: gradients of this size and less travel together.
         """
         self.group = group
         self.periods = dict(periods)
@@ -133,7 +135,7 @@ class DataParallel:
             _Part(name, run, set(run))
             for name in dict.fromkeys(name for name, _ in every_step)
             for chosen in ([p for n, p in early if n == name], [p for n, p in every_step if n == name and p in late])
-            for run in in_buckets(chosen)
+            for run in in_buckets(chosen, bucket_bytes)
         ]
         place = {parameter: number for number, (_, parameter) in enumerate(early)}
         # One order for all ranks, whatever the order in which their gradients come: by the last gradient each needs.

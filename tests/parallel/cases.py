@@ -21,7 +21,7 @@ LEVELS = [{"width": 24, "period": 1}, {"width": 16, "period": 2}, {"width": 32, 
 MODELS: dict[str, dict[str, Any]] = {
     "hope": {
         "arch": "hope",
-        "memory": {"chunk_size": 8, "generator_chunk_size": 4, "momentum": True},
+        "memory": {"chunk_size": 8, "generator_chunk_size": 4, "momentum": True, "momentum_bias": 1.0},
         "cms": {"levels": LEVELS},
     },
     "hope_attention": {"arch": "hope_attention", "cms": {"levels": LEVELS, "variant": "independent"}},
@@ -99,10 +99,20 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     }
 
 
-def train(arch: str, dtype: str, steps: int = STEPS, fold_at: int = 0, **options: Any) -> dict[str, Any]:
+def train(
+    arch: str,
+    dtype: str,
+    steps: int = STEPS,
+    fold_at: int = 0,
+    recompute: bool = False,
+    precision: str = "fp32",
+    **options: Any,
+) -> dict[str, Any]:
     """Ten steps; the initial and the final state, and a report of every step."""
     config = make_config(arch, **options)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     engine = open_engine(config, dtype)
+    engine.model.recompute = recompute
     engine.optimizer.materialize_state()
     source: Any = RandomBatches(config)
     initial = whole_state(engine)

@@ -16,6 +16,7 @@ from hope_train.errors import UserError
 from hope_train.evaluate.scoring import Scorer, Window
 from hope_train.model.loss import IGNORED, chunked_cross_entropy, token_nll
 from hope_train.parallel import collectives
+from hope_train.parallel.data import DataParallel
 from hope_train.parallel.plan import part_of
 from hope_train.parallel.team import Team
 from hope_train.parallel.vocab import VocabularyPart, embed_part
@@ -206,3 +207,44 @@ def score(arch: str, windows: int, **options: Any) -> list[list[float]]:
         scorer.windows([Window(0, text, len(text) - 1) for text in texts]),
         scorer.streams(texts, length=6),
     ]
+
+
+def data_sums(bucket_bytes: int) -> dict[str, Any]:
+    """Two backwards, the second one armed, of parameters of all kinds; what was summed, and when."""
+    group = dist.group.WORLD
+    assert group is not None
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    shapes = {"unused": (7,), "first": (3, 4), "second": (4,), "third": (2, 2), "slow": (5,)}
+    parameters = {name: torch.ones(shape, requires_grad=True) for name, shape in shapes.items()}
+    slow = parameters["slow"]
+    sets = {"core": [p for name, p in parameters.items() if name != "slow"], "level_0": [slow]}
+    data = DataParallel(sets, {"core": 1, "level_0": 2}, group, [parameters["second"]], bucket_bytes)
+
+    def loss() -> Tensor:
+        used = [parameters[name] for name in ("first", "second", "third", "slow")]
+        return torch.stack([(number + 1 + rank) * p.square().sum() for number, p in enumerate(used)]).sum()
+
+    loss().backward()
+    idle = sum(data.step.calls.values())
+    data.arm()
+    loss().backward()
+    early = data.step.calls.get("core", 0)
+    data.finish()
+    total = sum(range(ranks))
+    errors = {}
+    for number, name in enumerate(("first", "second", "third")):
+        grad = parameters[name].grad
+        assert grad is not None
+        # twice the gradient 2 (number + 1 + rank) of ones, summed over the ranks
+        errors[name] = float((grad - 4 * ((number + 1) * ranks + total)).abs().max())
+    assert slow.grad is not None
+    return {
+        "errors": errors,
+        "slow": slow.grad.tolist(),
+        "own slow": [4.0 * (4 + rank)] * 5,
+        "unused": parameters["unused"].grad,
+        "idle": idle,
+        "early": early,
+        "bytes": data.step.bytes,
+        "calls": data.step.calls,
+    }

@@ -105,6 +105,22 @@ def test_folding_in_mid_period_changes_only_rounding(gang: Gang) -> None:
         torch.testing.assert_close(found["final"][name], tensor, rtol=0, atol=1e-10, msg=name)
 
 
+def test_recompute_repeats_the_exchanges(gang: Gang) -> None:
+    (found, _) = gang.run(cases.train, 2, arch="hope_attention", dtype="float64", recompute=True, tp=2)
+    compare(found, alone("hope_attention", "float64", False), "float64", 1)
+
+
+def test_bf16_exchanges_follow_one_process_to_its_precision(gang: Gang) -> None:
+    options = {"arch": "hope_attention", "dtype": "float32", "precision": "bf16"}
+    expected = cases.train(**options)
+    for ranks, layout in ((2, {"tp": 2}), (2, {}), (2, {"tp": 2, "sequence_parallel": False})):
+        for found in gang.run(cases.train, ranks, **options, **layout):
+            for mine, theirs in zip(found["reports"], expected["reports"], strict=True):
+                assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+                assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
+    assert expected["reports"][0]["loss"] != alone("hope_attention", "float32", False)["reports"][0]["loss"]
+
+
 def test_traffic_of_a_level_is_one_reduction_per_period(gang: Gang) -> None:
     for found in gang.run(cases.counted, 2, arch="hope_attention", steps=8):
         for level, period in (("core", 1), ("level_0", 1), ("level_1", 2), ("level_2", 4)):
