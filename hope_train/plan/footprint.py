@@ -220,13 +220,17 @@ def _block_bytes(
     kept: dict[str, int] = {}
     passing = 0
 
-    def part(everything: float, inner: float = 0.0) -> int:
-        """Of `everything` per channel the stream's 8 bytes follow its tokens, `low` are gathered, the rest is split."""
-        rest = (everything - 8 - low) * width + inner
-        return round(8 * width * stream + low * width * tokens + rest * tokens / tp)
+    def part(everything: float, readers: int, inner: float = 0.0) -> int:
+        """Of `everything` per channel the stream's 8 bytes follow its tokens, the gathered input of the `readers` is
+        whole (one for all; under autocast each product casts its own), and the rest is split."""
+        whole = FP32 if low == FP32 else low * readers
+        rest = (everything - 8 - whole) * width + inner
+        return round(8 * width * stream + whole * width * tokens + rest * tokens / tp)
 
     if model.arch == "hope":
-        kept["projections, convolution, norms"] = part(22 + 5 * low)
+        kept["projections, convolution, norms"] = part(
+            22 + 5 * low, model.memory.in_proj + (not model.memory.adaptive_q)
+        )
         memory, values = model.memory, saved_memory_values(model)
         per_token = {group: FP32 * model.n_heads / tp * value for group, value in values.items()}
         every = memory.save_every
@@ -249,10 +253,10 @@ def _block_bytes(
                 round(size * min(tokens, sequences * chunks[group] * every)) for group, size in per_token.items()
             )
     else:
-        kept["attention and its norm"] = part(16 + 4 * low)
+        kept["attention and its norm"] = part(16 + 4 * low, 3)
     hidden = [(model.mlp_width or 0, True)] if model.arch == "transformer_pp" else []
     hidden += [(level.width, level.activation == "swiglu") for level in model.cms.levels]
-    mlp = sum(part(12, (4 if gated else 2) * low * inner) for inner, gated in hidden)
+    mlp = sum(part(12, 2 if gated else 1, (4 if gated else 2) * low * inner) for inner, gated in hidden)
     kept["MLP" if model.arch == "transformer_pp" else "CMS levels"] = mlp
     return kept, passing
 
