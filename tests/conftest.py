@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import faulthandler
 import hashlib
+import importlib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Before anything imports torch or a tokenizer: workers run side by side, and no test talks to a service.
@@ -114,6 +116,16 @@ def find_wikitext() -> Path | str:
         if not any((folder / f"wiki.{split}.raw{suffix}").is_file() for suffix in ("", ".gz")):
             return f"HOPE_WIKITEXT={name} has no wiki.{split}.raw or wiki.{split}.raw.gz"
     return folder.resolve()
+
+
+def optional_module(name: str) -> ModuleType:
+    """A module that not every machine has: without it a test (or file) is skipped, and fails where CI=true."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{name} cannot be imported ({error}); it is required here")
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
 @pytest.fixture(scope="session")

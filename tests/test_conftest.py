@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import deal, find_wikitext, parse_part
+from tests.conftest import deal, find_wikitext, optional_module, parse_part
 
 CONFTEST = Path(__file__).with_name("conftest.py")
 SUITE = """
@@ -120,3 +121,13 @@ def test_a_test_that_hangs_shows_where_and_fails(suite: Path, workers: list[str]
     assert done.returncode != 0
     assert "Timeout (0:00:02)!" in done.stderr
     assert "in test_hang" in done.stderr
+
+
+def test_an_optional_module_is_there_or_skipped_or_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert optional_module("json") is json
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no_such_module_here is not installed"):
+        optional_module("no_such_module_here")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="it is required here"):
+        optional_module("no_such_module_here")

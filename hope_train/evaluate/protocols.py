@@ -110,14 +110,6 @@ def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def total_scores(scores: Sequence[Sequence[PageScore]]) -> list[PageScore]:
-    """The pages of all ranks as one list in page order. Raises ValueError where a page came twice."""
-    merged = sorted((score for share in scores for score in share), key=lambda score: score.page)
-    if len({score.page for score in merged}) != len(merged):
-        raise ValueError("a page was scored by more than one rank")
-    return merged
-
-
 def word_figures(scores: Iterable[PageScore]) -> dict[str, float]:
     """word_ppl, byte_ppl, bits_per_byte: micro averages over pages, as lm_eval.api.metrics aggregates them.
 

@@ -145,10 +145,6 @@ class LevelOptimizer(torch.optim.Optimizer):
         grads = [[parameter.grad for parameter in group if parameter.grad is not None] for group in owners]
         return self.ranks.norms(grads, owners)
 
-    def grads_finite(self) -> bool:
-        """Whether every gradient of this step is finite, and its norm too. Changes nothing; asks no other rank."""
-        return all(map(math.isfinite, self._grad_norms().values()))
-
     # Stepping
 
     @torch.no_grad()

@@ -90,12 +90,6 @@ class Activity:
             "deviation_by_chunk": box.deviation.mean((1, 2)).tolist(),
         }
 
-    @property
-    def held_share(self) -> float:
-        """Share of all (chunk, sequence, head, matrix) that the clamp held."""
-        held = torch.cat([part.held.flatten() for part in self.matrices.values()])
-        return held.double().mean().item() if len(held) else 0.0
-
 
 def by_box(config: MemoryConfig, boxes: Boxes, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A group's stacked weights [H, (M,) B, O, I] taken apart, each box's [H, B, O, I] by the name of its initial

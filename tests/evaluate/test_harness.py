@@ -11,9 +11,10 @@ from data_pipelines.tokenizer import Tokenizer
 from hope_train.evaluate.protocols import score_pages, word_figures
 from hope_train.evaluate.sources import read_wikitext
 from hope_train.evaluate.wikitext import Page, wikitext_text
+from tests.conftest import optional_module
 from tests.evaluate.tiny import ARCHS, scorer, tiny_model, wikitext_like
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an optional package: pip install -e '.[lmeval]'")
+optional_module("lm_eval")
 
 
 def compare(arch: str, tokenizer: Tokenizer, pages: list[Page], length: int, dtype: torch.dtype, within: float) -> None:

@@ -20,7 +20,6 @@ from hope_train.evaluate.protocols import (
     score_pages,
     score_tokens,
     token_windows,
-    total_scores,
     word_figures,
 )
 from hope_train.evaluate.wikitext import wikitext_text
@@ -105,7 +104,7 @@ def test_pages_divided_among_ranks_give_the_same_figures(ranks: int, stateful: b
     parts = [
         score_pages(scorer(model, tokenizer.eot_id), [numbered[n] for n in share], 64, stateful) for share in shares
     ]
-    merged = total_scores(parts)
+    merged = sorted((score for part in parts for score in part), key=lambda score: score.page)
     assert [score.page for score in merged] == [score.page for score in alone]
     assert word_figures(merged) == pytest.approx(word_figures(alone), rel=1e-12)
 
@@ -117,9 +116,3 @@ def test_dealing_gives_each_page_to_one_rank_evenly(lengths: list[int], ranks: i
     assert sorted(page for share in shares for page in share) == list(range(len(lengths)))
     loads = [sum(lengths[page] for page in share) for share in shares]
     assert max(loads) - min(loads) <= max(lengths, default=0)
-
-
-def test_a_page_scored_twice_is_noticed() -> None:
-    score = PageScore(0, 1.0, 1, 1, 1)
-    with pytest.raises(ValueError, match="more than one rank"):
-        total_scores([[score], [score]])

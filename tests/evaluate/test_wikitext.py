@@ -22,6 +22,7 @@ from hope_train.evaluate.wikitext import (
     split_pages,
     wikitext_text,
 )
+from tests.conftest import optional_module
 from tests.evaluate.tiny import wikitext_like
 
 RAW = " \n = One = \n \n Text . \n = = Part = = \n \n More , text . \n = = = Below = = = \n = Two = \n \n End . \n"
@@ -78,14 +79,14 @@ def test_detokenizer_examples() -> None:
     st.booleans(),
 )
 def test_the_detokenizer_is_the_harnesss(parts: list[str], spaced: bool) -> None:
-    preprocess = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
+    preprocess = optional_module("lm_eval.tasks.wikitext.preprocess_wikitext")
     text = (" " if spaced else "").join(parts)
     assert detokenize(text) == preprocess.wikitext_detokenizer({"page": text})
 
 
 @given(st.text())
 def test_words_and_bytes_are_the_harnesss(text: str) -> None:
-    preprocess = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
+    preprocess = optional_module("lm_eval.tasks.wikitext.preprocess_wikitext")
     page = Page(text, "")
     theirs = preprocess.process_results({"page": text}, (0.0,))
     assert (page.words, page.bytes) == (theirs["word_perplexity"][1], theirs["byte_perplexity"][1])
@@ -144,7 +145,7 @@ def test_the_test_split_has_the_bytes_per_word_of_a_published_result() -> None:
 
 
 def test_the_real_pages_are_detokenised_as_the_harness_does(wikitext_dir: Path) -> None:
-    preprocess = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
+    preprocess = optional_module("lm_eval.tasks.wikitext.preprocess_wikitext")
     for split in KNOWN:
         for page in read_wikitext(str(wikitext_dir), split).pages:
             assert page.scored == preprocess.wikitext_detokenizer({"page": page.text})

@@ -81,6 +81,5 @@ def test_less_than_a_chunk_has_rates_and_no_figures() -> None:
     config = MemoryConfig()
     problem = make_problem(config, 4, False)
     seen = observe(config, problem.z_BTHN, problem.q_BTHN, problem.init)
-    assert seen.held_share == 0.0
     assert seen.eta_BTH.shape == (2, TOKENS, 2)
     assert all(row["deviation"] is None for row in seen.rows())

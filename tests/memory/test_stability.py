@@ -116,6 +116,11 @@ def gradients(kind: str, name: str, tokens: int, seed: int) -> dict[str, Tensor]
 # Alive
 
 
+def held_share(seen: Activity) -> float:
+    """Share of all (chunk, sequence, head, matrix) that the clamp held."""
+    return torch.cat([part.held.flatten() for part in seen.matrices.values()]).double().mean().item()
+
+
 def check_alive(seen: Activity) -> None:
     for box in ("k", "v", "mem"):
         matrices = seen.box(box)
@@ -124,7 +129,7 @@ def check_alive(seen: Activity) -> None:
         assert matrices.deviation.min() > 1e-3, box
     for box in ("eta", "alpha"):
         assert 0.01 < seen.box(box).deviation.mean() < 0.6, box
-    assert seen.held_share <= HELD
+    assert held_share(seen) <= HELD
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -181,7 +186,7 @@ def test_the_clamp_is_what_saves_a_memory_that_forgets_nothing() -> None:
     held = run(MemoryConfig(**rates), "coherent", 4096, seed=1)
     assert finite(held)
     assert max(part.norm.max() for part in held.matrices.values()) <= 2.0 * (1 + 1e-5)
-    assert held.held_share > 0.05
+    assert held_share(held) > 0.05
     loose = run(MemoryConfig(**rates, clamp=None), "coherent", 4096, seed=1)
     assert not finite(loose) or max(part.norm.max() for part in loose.matrices.values()) > 10
-    assert loose.held_share == 0.0
+    assert held_share(loose) == 0.0
