@@ -266,6 +266,8 @@ class CheckpointWriter:
                 hint = ": free some space" if is_disk_full(error) else ""
                 reason = one_line(error)
                 raise SaveError(f"step {step} could not be saved ({reason}){hint}") from error
+            if isinstance(error, SaveError):  # another rank's trouble: counted here too, so that all count alike
+                self.failures += 1
             raise
 
     # Pruning
