@@ -17,12 +17,14 @@ from hope_train.evaluate.scoring import Scorer, Window
 from hope_train.model.loss import IGNORED, chunked_cross_entropy, token_nll
 from hope_train.parallel import collectives
 from hope_train.parallel.data import DataParallel
+from hope_train.parallel.mesh import open_mesh
 from hope_train.parallel.plan import part_of
 from hope_train.parallel.team import Team
 from hope_train.parallel.vocab import VocabularyPart, embed_part
 from hope_train.train import loop
 from hope_train.train.run import train_command
-from tests.parallel.cases import make_config, open_engine
+from hope_train.train.step import optimizer_step
+from tests.parallel.cases import RandomBatches, make_config, open_engine
 
 
 def ranks_and_sum() -> tuple[int, int, int]:
@@ -247,4 +249,69 @@ def data_sums(bucket_bytes: int) -> dict[str, Any]:
         "early": early,
         "bytes": data.step.bytes,
         "calls": data.step.calls,
+    }
+
+
+def loss_traffic(size: int, chunk: int) -> list[int]:
+    """Numbers that each exchange of a loss over 18 positions, forward and backward, hands over."""
+    group = dist.group.WORLD
+    assert group is not None
+    part = VocabularyPart(size, group)
+    sent: list[int] = []
+    plain = collectives._all_gather
+
+    def count(parts: Tensor, own: Tensor, **options: Any) -> Any:
+        sent.append(own.numel())
+        return plain(parts, own, **options)
+
+    collectives._all_gather = count
+    try:
+        x = torch.randn(2, 9, 6, requires_grad=True)
+        weight = torch.randn(len(part.rows), 6, requires_grad=True)
+        part.sum_nll(x, weight, torch.zeros(2, 9, dtype=torch.int64), chunk).backward()
+    finally:
+        collectives._all_gather = plain
+    return sent
+
+
+def not_finite(rank: int, name: str) -> list[tuple[bool, int, int]]:
+    """Three steps; in the second one, one rank's gradient of one parameter is infinite. (applied, steps, skipped)."""
+    config = make_config("hope_attention", check_collectives=True)
+    engine = open_engine(config, "float64")
+    source: Any = RandomBatches(config)
+    plain, found = engine.finish_backward, []
+    before: dict[str, Tensor] = {}
+
+    def meddle() -> None:
+        plain()
+        if len(found) == 1 and dist.get_rank() == rank:
+            grad = engine.model.get_parameter(name).grad
+            assert grad is not None
+            grad.fill_(float("inf"))
+
+    engine.finish_backward = meddle  # type: ignore[method-assign]
+    for index in range(3):
+        before = {key: p.detach().clone() for key, p in engine.model.named_parameters()}
+        _, report, windows = optimizer_step(engine, source, config.train, index, measure=False)
+        same = all(torch.equal(p, before[key]) for key, p in engine.model.named_parameters())
+        assert same != report.applied, "a refused step changes nothing"
+        assert len(windows) == (0 if report.applied else source.batch_sequences)
+        found.append((report.applied, report.step, report.skipped))
+    return found
+
+
+def places() -> dict[str, Any]:
+    """Where each of 4 ranks stands with tp 2."""
+    mesh = open_mesh(make_config("hope", tp=2), torch.device("cpu"))
+
+    def members(dimension: str) -> list[int] | None:
+        group = mesh.group(dimension)
+        return None if group is None else dist.get_process_group_ranks(group)
+
+    return {
+        "data": mesh.data_rank,
+        "tp": mesh.coordinate("tp"),
+        "tp group": members("tp"),
+        "dp group": members("dp_replicate"),
+        "shard group": members("dp_shard"),
     }

@@ -12,7 +12,7 @@ from hope_train.config.mesh import MeshSizes
 from hope_train.errors import UserError
 from hope_train.parallel.engine import check_supported
 from hope_train.parallel.mesh import Mesh
-from tests.parallel import cases
+from tests.parallel import cases, jobs
 from tests.parallel.cases import MODELS, make_config
 from tests.parallel.harness import Gang
 
@@ -135,6 +135,13 @@ def test_traffic_of_a_level_is_one_reduction_per_period(gang: Gang) -> None:
 def test_unexpected_traffic_stops_the_run(gang: Gang) -> None:
     messages = gang.run(cases.reduced_twice, 2)
     assert all("level_1 (period 2)" in message for message in messages)
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "blocks.1.cms.levels.2.up.weight"])
+def test_all_ranks_refuse_what_one_of_them_cannot_apply(gang: Gang, name: str) -> None:
+    # The second one is of a slow level: its gradient is nobody else's at that step.
+    steps = [(True, 1, 0), (False, 1, 1), (True, 2, 1)]
+    assert gang.run(jobs.not_finite, 2, rank=1, name=name) == [steps] * 2
 
 
 def test_decoding_and_logits_are_those_of_one_process(gang: Gang) -> None:

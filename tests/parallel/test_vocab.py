@@ -18,3 +18,8 @@ def test_loss_gradients_logits_and_embedding(gang: Gang, ranks: int, size: int, 
 def test_in_single_precision(gang: Gang) -> None:
     for errors in gang.run(jobs.vocabulary, 2, size=11, dtype="float32", chunk=5):
         assert max(errors.values()) < 2e-5, errors
+
+
+def test_no_logits_travel(gang: Gang) -> None:
+    # Two numbers per position and rank, once per chunk of positions, however large the vocabulary; none in backward.
+    assert gang.run(jobs.loss_traffic, 2, size=1001, chunk=8) == [[16, 16, 4]] * 2
