@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,16 @@ import torch
 import torch.distributed as dist
 
 from data_pipelines.batches import Batch
+from hope_train.checkpoint.fence import Fence
+from hope_train.checkpoint.store import newest_whole
 from hope_train.checkpoint.tensors import training_state
+from hope_train.checkpoint.writer import CheckpointWriter, Facts
 from hope_train.config.load import validate
 from hope_train.config.tree import RunConfig
 from hope_train.parallel.engine import Engine, build_engine
 from hope_train.parallel.mesh import open_mesh
+from hope_train.train import randomness
+from hope_train.train.session import load_progress
 from hope_train.train.step import optimizer_step
 
 STEPS = 10
@@ -196,3 +202,39 @@ def decode(arch: str, **options: Any) -> list[torch.Tensor]:
         logits_BTV, state = model.step(tokens_BT[:, place : place + 1], state)
         found.append(logits_BTV)
     return found
+
+
+def save(folder: str, arch: str, steps: int, **options: Any) -> dict[str, torch.Tensor]:
+    """Train some steps and write a checkpoint; what it should hold."""
+    config = make_config(arch, **options)
+    engine = open_engine(config, "float32")
+    source: Any = RandomBatches(config)
+    for index in range(steps):
+        optimizer_step(engine, source, config.train, index, measure=False)
+    fence = engine.mesh.team.on_first(lambda: Fence.take(Path(folder)))
+    writer = CheckpointWriter(fence, keep_last=9)
+    engine.optimizer.fold()
+    facts = Facts(
+        step=steps,
+        tokens=0,
+        config=config.model_dump(mode="json"),
+        tokenizer="none",
+        data={},
+        trainer={"random": randomness.capture(), "refused": 0},
+    )
+    writer.save(engine.wrap(training_state(engine.model, engine.optimizer)), facts)
+    expected = whole_state(engine)
+    if engine.mesh.team.leads:
+        fence.release()
+    return expected
+
+
+def load(folder: str, arch: str, **options: Any) -> dict[str, torch.Tensor]:
+    """What an engine holds that has read the newest checkpoint."""
+    config = make_config(arch, **options)
+    engine = open_engine(config, "float32")
+    found = newest_whole(Path(folder), print)
+    assert found is not None
+    load_progress(*found, engine)
+    engine.optimizer.fold()
+    return whole_state(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +120,17 @@ def test_bf16_exchanges_follow_one_process_to_its_precision(gang: Gang) -> None:
                 assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
                 assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
     assert expected["reports"][0]["loss"] != alone("hope_attention", "float32", False)["reports"][0]["loss"]
+
+
+@pytest.mark.parametrize("arch", ["hope_nested", "transformer_pp"])
+def test_a_checkpoint_of_any_layout_is_read_by_any_other(gang: Gang, tmp_path: Path, arch: str) -> None:
+    # 67 rows of vocabulary on 4, 2 and 1 ranks; step 3 is in mid-period of two levels.
+    written = gang.run(cases.save, 4, folder=str(tmp_path), arch=arch, steps=3, tp=4, tied=True)[0]
+    for ranks, layout in ((1, {}), (2, {"tp": 2}), (4, {"tp": 2}), (4, {"tp": 4})):
+        for read in gang.run(cases.load, ranks, folder=str(tmp_path), arch=arch, tied=True, **layout):
+            assert read.keys() == written.keys()
+            for name, tensor in written.items():
+                assert torch.equal(read[name], tensor), (name, ranks, layout)
 
 
 def test_traffic_of_a_level_is_one_reduction_per_period(gang: Gang) -> None:
