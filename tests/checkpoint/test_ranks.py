@@ -14,6 +14,7 @@ import torch
 from hope_train.checkpoint.manifest import verify
 from hope_train.checkpoint.store import load_state
 from tests.checkpoint.toy import assert_equal, blank, make_state, names, save_steps
+from tests.checkpoint.toy_levels import level_state, load_levels
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -30,6 +31,7 @@ from hope_train.checkpoint.manifest import verify
 from hope_train.checkpoint.store import load_state
 from hope_train.checkpoint.writer import CheckpointWriter, SaveError
 from tests.checkpoint.toy import blank, facts, make_state
+from tests.checkpoint.toy_levels import level_state
 
 run_dir = Path(sys.argv[1])
 dist.init_process_group("gloo")
@@ -61,6 +63,26 @@ writer.save(spread(make_state(2)), facts(2))
 writer.save(spread(make_state(3)), facts(3), wait=False)
 writer.finish()
 
+# Levels at their own frequencies: all ranks agree on what is written and what is referred to.
+run_of_levels = run_dir / "levels"
+ids_of_levels = [Fence.take(run_of_levels).id if rank == 0 else None]
+dist.broadcast_object_list(ids_of_levels)
+levels = CheckpointWriter(Fence(run_of_levels, ids_of_levels[0]), 1, async_save=True)
+levels.reserve(spread(level_state(0)))
+for step in (104, 105, 106, 107):
+    live = spread(level_state(step))
+    levels.save(live, facts(step), wait=step % 2 == 0)
+    for part in live.values():
+        for tensor in part.values():
+            tensor.zero_()  # the next step, on every rank
+levels.finish()
+state = spread(level_state(0))
+folder = run_of_levels / "checkpoints" / "step_00000107"
+load_state(folder, verify(folder), state)
+for name, part in level_state(107).items():
+    for key, tensor in part.items():
+        assert torch.equal(state[name][key].full_tensor(), tensor), key
+
 # One rank's disk is full: every rank hears of it, and nothing is published.
 write = module.save_set
 if rank == 1:
@@ -86,6 +108,7 @@ print("done")
 @pytest.mark.timeout(150)
 def test_two_ranks(tmp_path: Path) -> None:
     save_steps(tmp_path, [1]).fence.release()
+    (tmp_path / "levels").mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -116,4 +139,14 @@ def test_two_ranks(tmp_path: Path) -> None:
         state = blank(make_state(step))
         load_state(folder, manifest, state)
         assert_equal(state, make_state(step))
+    folder = tmp_path / "levels" / "checkpoints" / "step_00000107"
+    assert {name: part.step for name, part in verify(folder).sets.items()} == {
+        "core": 107,
+        "level_0": 107,
+        "level_1": 106,
+        "level_1_accumulator": 107,
+        "level_2": 104,
+        "level_2_accumulator": 107,
+    }
+    assert_equal(load_levels(folder, 107), level_state(107))
     assert torch.distributed.is_initialized() is False
