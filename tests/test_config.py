@@ -117,6 +117,8 @@ class TestRefusals:
             (["train.tokens=0"], ["`train.tokens`", "greater than or equal to 1", "0"]),
             (["train.tokens=true"], ["`train.tokens`", "a number"]),
             (["seed=99999999999999999999999"], ["`seed`", "less than 9223372036854775808"]),
+            (["optimizer.lr=1e300"], ["`optimizer.lr`", "1000000"]),
+            (["model.cms.levels.0.period=99999999999999999999"], ["period`", "less than 9223372036854775808"]),
             (["train.threads=100000"], ["`train.threads`", "1024"]),
             (["optimizer.lr=.inf"], ["`optimizer.lr`", "finite"]),
             (["model.memory.eta_bias=.nan"], ["`model.memory.eta_bias`", "finite"]),

@@ -102,13 +102,13 @@ class CMSLevelConfig(Section):
     width: int = Field(ge=1)
     """Hidden width of the level's MLP."""
 
-    period: int = Field(1, ge=1)
+    period: int = Field(1, ge=1, lt=2**63)
     """C^(l): the level takes one optimizer step every this many training steps."""
 
     activation: Literal["swiglu", "gelu"] = "swiglu"
     """Gated SiLU, or GELU without a gate. Open."""
 
-    lr_scale: float = Field(1.0, gt=0.0)
+    lr_scale: float = Field(1.0, gt=0.0, le=1e6)
     """Factor on the learning rate of this level."""
 
     warmup_updates: int | None = Field(None, ge=0)

@@ -31,7 +31,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"
     """torch.optim.AdamW."""
 
-    lr: float = Field(4e-4, gt=0.0)
+    lr: float = Field(4e-4, gt=0.0, le=1e6)
     """Peak learning rate (the paper's: 4e-4)."""
 
     betas: tuple[float, float] = (0.9, 0.95)
