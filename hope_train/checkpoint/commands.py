@@ -47,7 +47,9 @@ def ls_command(run: str, as_json: bool) -> int:
     Raises UserError when `run` is no run directory.
     """
     checkpoints = checkpoints_of(run)
-    found = [_describe(folder) for folder in (*list_checkpoints(checkpoints), *list_superseded(checkpoints))]
+    folders = (*list_checkpoints(checkpoints), *list_superseded(checkpoints))
+    # A run that trains may remove one while it is looked at.
+    found = [entry for folder in folders if (entry := _describe(folder)) and folder.is_dir()]
     found += [
         {"name": path.name, "kind": "unfinished", "bytes": size_of(path)} for path in list_unfinished(checkpoints)
     ]
@@ -86,7 +88,7 @@ def _describe(folder: Path) -> Entry:
         "problem": None,
     }
     if is_trimmed(folder):
-        sets = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        sets = sorted(path.name for path in folder.glob("*") if path.is_dir())
         return {**entry, "kind": "remains", "step": step_of(folder), "held": sets}
     try:
         manifest = read_manifest(folder)
@@ -102,7 +104,7 @@ def _describe(folder: Path) -> Entry:
         "tokens": manifest.tokens,
         "created": manifest.created,
         "incarnation": manifest.incarnation,
-        "bytes_with_references": sum(record.bytes for record in wanted.values()) + (folder / MANIFEST).stat().st_size,
+        "bytes_with_references": sum(record.bytes for record in wanted.values()) + size_of(folder / MANIFEST),
         "sets": {name: _describe_set(folder, manifest, name) for name in manifest.sets},
     }
 
@@ -143,12 +145,15 @@ def verify_command(path: str, as_json: bool) -> int:
     results = []
     for folder in _folders(path):
         wrong, files = [], 0
+        was_published = (folder / MANIFEST).is_file()
         try:
             manifest = read_manifest(folder)
             files = len(wanted_files(folder, manifest)) + 1
             wrong = list(problems(folder, manifest, known))
         except UserError as error:
             wrong.append(str(error))
+        if wrong and was_published and not (folder / MANIFEST).is_file():
+            continue  # no longer kept by the run that trains meanwhile, and none any more
         results.append({"name": folder.name, "whole": not wrong, "files": files, "problems": wrong})
         if not as_json:
             print(f"{folder.name}: " + (f"whole, {files} files" if not wrong else "DAMAGED"))

@@ -109,10 +109,12 @@ def remove_unfinished(checkpoints: Path) -> Iterator[Path]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    if not path.is_dir():
-        return path.stat().st_size
-    return sum(inner.stat().st_size for inner in path.rglob("*") if inner.is_file())
+    """Bytes of a file, or of all files below a folder; what goes away meanwhile has none."""
+    total = 0
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        with suppress(FileNotFoundError):
+            total += 0 if file.is_dir() else file.stat().st_size
+    return total
 
 
 def _readable(folders: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:

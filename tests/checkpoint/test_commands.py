@@ -6,14 +6,17 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hope_train import cli
+from hope_train.checkpoint import commands
 from hope_train.checkpoint.fence import INCARNATION
 from hope_train.checkpoint.manifest import is_trimmed, list_checkpoints, step_name, verify
+from hope_train.checkpoint.retention import removals, remove
 from tests.checkpoint.toy import facts, make_writer, names
 from tests.checkpoint.toy_levels import level_state, load_levels, save_levels
 
@@ -122,6 +125,20 @@ class TestVerify:
         found = answer(capsys, "verify", run, code=2)
         assert [each["whole"] for each in found["checkpoints"]] == [True, True, False]
         assert "has no manifest.json" in found["checkpoints"][2]["problems"][0]
+
+    def test_one_that_the_run_removes_meanwhile_is_not_damaged(
+        self, run: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        problems = commands.problems
+
+        def removing(folder: Path, *arguments: Any) -> Iterator[str]:
+            if folder.name == step_name(6):
+                remove(removals(run / "checkpoints", keep_last=1), "x")
+            yield from problems(folder, *arguments)
+
+        monkeypatch.setattr(commands, "problems", removing)
+        found = answer(capsys, "verify", run)
+        assert [each["name"] for each in found["checkpoints"]] == [step_name(7)]
 
 
 class TestPrune:
