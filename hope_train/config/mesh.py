@@ -31,15 +31,18 @@ class MeshSizes:
         return f"pp {self.pp} x dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x tp {self.tp}"
 
 
-def resolve_mesh(config: RunConfig, world: int) -> MeshSizes:
+def resolve_mesh(config: RunConfig, world: int, training: bool = True) -> MeshSizes:
     """The mesh of `world` ranks that the configuration asks for, with everything that it divides checked.
+
+    training: False leaves the batch and its length out: a model is only measured.
 
     Raises UserError, with the number to change, where the world, the model or the batch does not fit the mesh.
     """
     sizes = _sizes(config, world)
     _check_tensor_parallel(config, sizes.tp)
     _check_pipeline(config, sizes.pp)
-    _check_batch(config, sizes)
+    if training:
+        _check_batch(config, sizes)
     return sizes
 
 
@@ -90,12 +93,6 @@ def _check_tensor_parallel(config: RunConfig, tp: int) -> None:
             f"model.vocab_size={model.vocab_size} leaves the last of parallel.tp={tp} ranks without a token: lower "
             "parallel.tp"
         )
-    length = config.train.context_length
-    if config.parallel.sequence_parallel and length % tp:
-        raise UserError(
-            f"train.context_length={length} cannot be divided among parallel.tp={tp} ranks: change one of them, or "
-            "set parallel.sequence_parallel=false"
-        )
 
 
 def _check_pipeline(config: RunConfig, pp: int) -> None:
@@ -123,7 +120,12 @@ def _check_pipeline(config: RunConfig, pp: int) -> None:
 
 
 def _check_batch(config: RunConfig, sizes: MeshSizes) -> None:
-    train = config.train
+    train, tp = config.train, sizes.tp
+    if config.parallel.sequence_parallel and train.context_length % tp:
+        raise UserError(
+            f"train.context_length={train.context_length} cannot be divided among parallel.tp={tp} ranks: change one "
+            "of them, or set parallel.sequence_parallel=false"
+        )
     rows = train.batch_tokens // train.context_length
     step = sizes.dp * train.micro_batch_size
     if rows % step:

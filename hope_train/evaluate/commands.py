@@ -22,7 +22,10 @@ from hope_train.evaluate.scoring import Progress as Report
 from hope_train.evaluate.sources import ENVIRONMENT
 
 # Everything else is fixed by the checkpoint.
-_FREE = ("eval.", "train.device", "train.precision", "train.threads", "train.loss_chunk", "data.hub_timeout")
+_FREE = (
+    *("eval.", "parallel.", "train.device", "train.precision", "train.threads", "train.loss_chunk"),
+    "data.hub_timeout",
+)
 FIGURES = ("word_ppl", "byte_ppl", "bits_per_byte", "token_ppl", "classic_ppl")
 
 
@@ -40,7 +43,8 @@ def eval_command(
     """Measure the newest checkpoint of run directory `run`, or the checkpoint `run` itself.
 
     Args:
-        overrides: `eval.*`, `train.device`, `train.precision` and the like; what the checkpoint fixes is refused.
+        overrides: `eval.*`, `parallel.*`, `train.device`, `train.precision` and the like; what the checkpoint fixes is
+            refused. Under torchrun the windows are shared by the ranks, and the first one reports.
         wikitext: folder or `hub`; None: what the run's configuration or $HOPE_WIKITEXT says.
         split: `validation` or `test`.
         protocols: empty: the run's.
@@ -51,8 +55,33 @@ def eval_command(
         The exit code.
 
     Raises:
-        UserError: no such checkpoint, text or tokenizer, or a protocol that does not apply.
+        UserError: no such checkpoint, text or tokenizer, or a protocol that does not apply. Of several processes the
+            first raises it, and the others return 2.
     """
+    from hope_train.parallel.mesh import process_rank, world_size
+    from hope_train.parallel.team import SharedError, Team
+
+    def measure() -> int:
+        return _eval(run, overrides, wikitext, split, protocols, context_length, stateful, pages, as_json)
+
+    try:
+        return Team(process_rank(), world_size()).alike(measure)
+    except SharedError:
+        return 2
+
+
+def _eval(
+    run: str,
+    overrides: Sequence[str],
+    wikitext: str | None,
+    split: str,
+    protocols: Sequence[str],
+    context_length: int | None,
+    stateful: bool,
+    pages: int | None,
+    as_json: bool,
+) -> int:
+    """`eval_command` of one process of the job. Raises UserError."""
     for text in overrides:
         if not text.startswith(_FREE):
             raise UserError(f"override {text!r}: the checkpoint fixes that; hope eval takes {', '.join(_FREE)}")
@@ -62,14 +91,18 @@ def eval_command(
 
     import torch
 
-    from hope_train.checkpoint.store import load_model
+    from hope_train.checkpoint.spread import load_on_mesh
+    from hope_train.parallel.mesh import close_mesh
 
     settings = chosen.get("train") or {}
     device = pick_device(settings.get("device") or "auto")
     if isinstance(settings.get("threads"), int):
         torch.set_num_threads(settings["threads"])
-    model, trained, manifest = load_model(run, device, tell=_warn)
-    tree = trained.model_dump(mode="json")
+    # A mesh is this job's own affair, not the training's.
+    mesh_overrides = [text for text in overrides if text.startswith("parallel.")]
+    loaded = load_on_mesh(run, device, ["parallel={}", *mesh_overrides], _warn)
+    model, manifest, leads = loaded.model, loaded.manifest, loaded.mesh.team.leads
+    tree = loaded.config.model_dump(mode="json")
     tree["eval"]["pages"] = None  # The loop may make do with a part; here all is meant unless a part is asked for.
     tree = merge(tree, chosen)
     asked = {"wikitext": wikitext, "protocols": list(protocols) or None, "stateful": stateful or None, "pages": pages}
@@ -77,14 +110,19 @@ def eval_command(
     config = validate(RunConfig, tree, origin=run)
 
     tokenizer = checkpoint_tokenizer(run, config, manifest.tokenizer)
-    evaluator = Evaluator(config, tokenizer, device, context_length, splits=(split,), whole_test=False)
-    with _bar(f"{split} of {run}") as progress:
+    evaluator = Evaluator(
+        config, tokenizer, loaded.mesh.device, context_length, splits=(split,), whole_test=False, shares=loaded.shares
+    )
+    with _bar(f"{split} of {run}", shown=leads) as progress:
         rows = evaluator.evaluate(model, split, manifest.step, manifest.tokens, progress)
     if not rows:
         raise UserError(
             f"no WikiText to measure the {split} split on: name a folder with --wikitext DIR (or `hub`), or set "
             f"${ENVIRONMENT}"
         )
+    close_mesh()
+    if not leads:
+        return 0
     if as_json:
         print(strict_json(rows))
     else:
@@ -137,9 +175,9 @@ def strict_json(rows: Sequence[Row]) -> str:
 
 
 @contextmanager
-def _bar(title: str) -> Iterator[Report | None]:
+def _bar(title: str, shown: bool) -> Iterator[Report | None]:
     """A progress bar on standard error where that is a terminal."""
-    if not sys.stderr.isatty():
+    if not shown or not sys.stderr.isatty():
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

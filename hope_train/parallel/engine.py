@@ -88,9 +88,7 @@ class Engine:
 
     def shares(self) -> Shares:
         """How windows are dealt out to the ranks that hold whole models."""
-        if self.data is None:
-            return Shares()
-        return DataShares(self.mesh.data_rank, self.mesh.sizes.dp, self.data.group, self.mesh.device)
+        return shares_of(self.mesh)
 
     # Checkpoints
 
@@ -115,6 +113,13 @@ class DataShares(Shares):
         return found
 
 
+def shares_of(mesh: Mesh) -> Shares:
+    """How windows are dealt out over a mesh."""
+    if (group := mesh.group("dp_replicate")) is None:
+        return Shares()
+    return DataShares(mesh.data_rank, mesh.sizes.dp, group, mesh.device)
+
+
 def check_supported(config: RunConfig, mesh: Mesh) -> None:
     """Raises UserError for what this engine cannot do."""
     if mesh.sizes.pp > 1:
@@ -131,15 +136,10 @@ def check_supported(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None) -> Engine:
-    """Model and optimizer of a run, spread over the mesh. Initial weights are, bit for bit, those of one process.
-
-    Args:
-        dtype: of the parameters; None: fp32.
-
-    Raises:
-        UserError: the engine cannot do what the configuration asks for.
-    """
+def build_spread_model(
+    config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
+) -> tuple[HopeModel, TensorParallel | None]:
+    """The model alone, with its initial weights; and its parts, where ranks have only parts of it. Raises UserError."""
     check_supported(config, mesh)
     tensor = None
     tensor_mesh = None if mesh.device_mesh is None or mesh.sizes.tp == 1 else mesh.device_mesh["tp"]
@@ -150,6 +150,19 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
             model = HopeModel(config.model)
         tensor = TensorParallel(model, tensor_mesh, config.parallel.sequence_parallel)
         tensor.fill(config.seed, mesh.device, dtype)
+    return model, tensor
+
+
+def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None) -> Engine:
+    """Model and optimizer of a run, spread over the mesh. Initial weights are, bit for bit, those of one process.
+
+    Args:
+        dtype: of the parameters; None: fp32.
+
+    Raises:
+        UserError: the engine cannot do what the configuration asks for.
+    """
+    model, tensor = build_spread_model(config, mesh, dtype)
     if mesh.sizes.world == 1:
         return Engine(mesh, model, build_optimizer(model.named_parameters(), config))
     replicated = [] if tensor is None else tensor.replicated()

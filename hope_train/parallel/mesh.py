@@ -55,29 +55,40 @@ def process_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
-def open_mesh(config: RunConfig, device: torch.device) -> Mesh:
+def open_mesh(config: RunConfig, device: torch.device, training: bool = True) -> Mesh:
     """Join the other processes of the job; one process alone joins nobody.
+
+    training: False where a model is only measured: see `resolve_mesh`.
 
     Raises UserError where the configuration does not fit the world, or this process has no device.
     """
-    sizes = resolve_mesh(config, world_size())
+    sizes = resolve_mesh(config, world_size(), training)
     if sizes.world == 1:
         return Mesh(sizes, device)
-    if device.type == "cuda":
-        device = own_gpu()
     timeout = timedelta(seconds=config.parallel.timeout_s)
-    if not dist.is_initialized():
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise UserError(
-                f"WORLD_SIZE={sizes.world} is set and {missing[0]} is not: start with torchrun --nproc-per-node N, or "
-                "unset WORLD_SIZE for one process"
-            )
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    device = join(device, timeout)
     shape = (sizes.pp, sizes.dp_replicate, sizes.dp_shard, sizes.tp)
     device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=DIMENSIONS)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Mesh(sizes, device, device_mesh, Team(dist.get_rank(), sizes.world, control))
+
+
+def join(device: torch.device, timeout: timedelta | None = None) -> torch.device:
+    """Make the process group of all processes, if there is none yet. Returns this process's device.
+
+    Raises UserError for an environment that is not a launcher's, and for a process without a GPU of its own.
+    """
+    if device.type == "cuda":
+        device = own_gpu()
+    if not dist.is_initialized():
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"WORLD_SIZE={world_size()} is set and {missing[0]} is not: start with torchrun --nproc-per-node N, or "
+                "unset WORLD_SIZE for one process"
+            )
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return device
 
 
 def close_mesh() -> None:

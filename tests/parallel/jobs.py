@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hope_train.cli import run as hope
 from hope_train.errors import UserError
 from hope_train.evaluate.scoring import Scorer, Window
 from hope_train.model.loss import IGNORED, chunked_cross_entropy, token_nll
@@ -298,6 +301,14 @@ def not_finite(rank: int, name: str) -> list[tuple[bool, int, int]]:
         assert len(windows) == (0 if report.applied else source.batch_sequences)
         found.append((report.applied, report.step, report.skipped))
     return found
+
+
+def eval_run(arguments: list[str]) -> tuple[int, str, str]:
+    """`hope eval` on these ranks: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = hope(["eval", *arguments])
+    return code, out.getvalue(), err.getvalue()
 
 
 def places() -> dict[str, Any]:

@@ -125,9 +125,10 @@ def test_mistakes_are_reported_once(gang: Gang, tiny: Tiny) -> None:
 
 
 def test_windows_are_shared_and_everybody_has_all_scores(gang: Gang) -> None:
-    for arch in ("hope", "hope_attention"):
+    several = ((2, {}), (4, {}), (4, {"tp": 2}))
+    for arch, layouts in (("hope", several[2:]), ("hope_attention", several)):
         expected = jobs.score(arch, 7)
-        for ranks, options in ((2, {}), (4, {}), (4, {"tp": 2})):
+        for ranks, options in layouts:
             for found in gang.run(jobs.score, ranks, arch=arch, windows=7, **options):
                 for mine, theirs in zip(found, expected, strict=True):
                     assert mine == pytest.approx(theirs, rel=1e-12)
