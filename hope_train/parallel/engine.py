@@ -121,14 +121,8 @@ def shares_of(mesh: Mesh) -> Shares:
 
 
 def check_supported(config: RunConfig, mesh: Mesh) -> None:
-    """Raises UserError for what this engine cannot do."""
-    if mesh.sizes.pp > 1:
-        raise UserError(f"parallel.pp={mesh.sizes.pp}: pipelines are not built yet; set parallel.pp=1 and use tp or dp")
-    if mesh.sizes.dp_shard > 1:
-        raise UserError(
-            f"parallel.dp_shard={mesh.sizes.dp_shard}: sharded data parallelism is not built yet; set "
-            "parallel.dp_shard=1 and use dp_replicate"
-        )
+    """Raises UserError for what this engine cannot train."""
+    check_sizes(mesh)
     if mesh.sizes.tp > 1 and config.train.compile == "model":
         raise UserError(
             "train.compile=model compiles across the exchanges of tensor parallelism: set train.compile=memory or none "
@@ -136,11 +130,22 @@ def check_supported(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
+def check_sizes(mesh: Mesh) -> None:
+    """Raises UserError for a mesh that this engine cannot put a model on."""
+    if mesh.sizes.pp > 1:
+        raise UserError(f"parallel.pp={mesh.sizes.pp}: pipelines are not built yet; set parallel.pp=1 and use tp or dp")
+    if mesh.sizes.dp_shard > 1:
+        raise UserError(
+            f"parallel.dp_shard={mesh.sizes.dp_shard}: sharded data parallelism is not built yet; set "
+            "parallel.dp_shard=1 and use dp_replicate"
+        )
+
+
 def build_spread_model(
     config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
 ) -> tuple[HopeModel, TensorParallel | None]:
     """The model alone, with its initial weights; and its parts, where ranks have only parts of it. Raises UserError."""
-    check_supported(config, mesh)
+    check_sizes(mesh)
     tensor = None
     tensor_mesh = None if mesh.device_mesh is None or mesh.sizes.tp == 1 else mesh.device_mesh["tp"]
     if tensor_mesh is None:
@@ -162,6 +167,7 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
     Raises:
         UserError: the engine cannot do what the configuration asks for.
     """
+    check_supported(config, mesh)
     model, tensor = build_spread_model(config, mesh, dtype)
     if mesh.sizes.world == 1:
         return Engine(mesh, model, build_optimizer(model.named_parameters(), config))
