@@ -2,7 +2,7 @@
 
 Only whole chunks take this path: a run has one or two shapes of them, while lengths of left-over pieces vary freely
 and would each be compiled anew. The share of activations that compiled code keeps for backward is a budget (the rest
-is recomputed, cheapest first).
+is recomputed, cheapest first). On some processors the products go through a kernel of ours (`cpu_products`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from hope_train.memory import pieces
+from hope_train.memory import cpu_products, pieces
 from hope_train.memory.chunked import Kernels
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -21,14 +21,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @functools.lru_cache(maxsize=4)
 def compiled_kernels(budget: float = 1.0) -> Kernels:
-    """The chunk functions compiled with an activation budget in (0, 1]; 1 recomputes only what is free."""
-    return Kernels(
-        *(_compile(function, budget) for function in (pieces.joint_piece, pieces.generator_piece, pieces.memory_piece))
-    )
+    """The chunk functions compiled with an activation budget in [0, 1]; 1 recomputes only what is free."""
+    functions = (pieces.joint_piece, pieces.generator_piece, pieces.memory_piece)
+    return Kernels(*(compile_with_budget(function, budget, own_products=True) for function in functions))
 
 
-def _compile(function: Function, budget: float) -> Function:
-    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+def compile_with_budget(
+    function: Function, budget: float, own_products: bool = False, backend: str = "inductor"
+) -> Function:
+    """`function` compiled for fixed shapes; `own_products`: with our kernel, where this processor gains from it."""
+    # as an option of this one compilation: its backward is compiled later, outside of this call
+    ours = own_products and cpu_products.load()
+    options: dict[str, Any] | None = {"post_grad_custom_post_pass": cpu_products.UseOurProducts()} if ours else None
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
