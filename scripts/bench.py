@@ -1,9 +1,10 @@
 """Speed and memory of Hope against its Transformer++ twin of equal parameters: `make bench`, one JSON line per row.
 
 Every row is a process of its own with one thread; time is that thread's CPU time (machines are shared), the best of a
-few repetitions of forward + backward + AdamW step in fp32. Peak memory is the resident set's high-water mark after
-compilation and a first step, with and without what the idle process holds. Both sides run compiled (`--eager`:
-neither does). Ratios compare rows of one run only. The twin's row at 16384 tokens has batch 1, all others batch 4.
+few repetitions of forward + backward + step of the level optimizer (AdamW, fused) in fp32. Peak memory is the resident
+set's high-water mark after compilation and a first step, with and without what the idle process holds. Both sides run
+compiled (`--eager`: neither does). Ratios compare rows of one run only. The twin's row at 16384 tokens has batch 1, all
+others batch 4. `--no-cpu-products` leaves batched products to the library (see `hope_train.memory.cpu_products`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 D_MODEL, LAYERS, HEADS, VOCABULARY = 256, 4, 4, 4096
-TWIN_WIDTH, LEVEL_WIDTHS, PERIODS = 768, (170, 170, 170, 170), (1, 4, 16, 64)
+TWIN_WIDTH, LEVEL_WIDTHS, PERIODS = 768, (176, 168, 168, 168), (1, 4, 16, 64)
 BUDGET, SAVE_EVERY = 0.0, 1
 """The configuration that makes both the speed and the memory figures: train.compile_budget and memory.save_every."""
 
@@ -46,14 +47,29 @@ def model_config(arch: str, kind: str = "mlp") -> Any:
     return validate(ModelConfig, tree | {"cms": {"levels": levels}, "memory": {"kind": kind, "save_every": SAVE_EVERY}})
 
 
+def run_config(model: Any, batch: int, tokens: int) -> Any:
+    """A run around a model: the levels' periods and the optimizer come from it."""
+    from hope_train.config.load import validate
+    from hope_train.config.tree import RunConfig
+
+    train = {"context_length": tokens, "batch_tokens": batch * tokens, "micro_batch_size": batch}
+    tree = {"model": model.model_dump(mode="json"), "optimizer": {"fused": True, "lr": 1e-4}, "train": train}
+    return validate(RunConfig, tree)
+
+
 def measure(case: Row) -> Row:
     """Run one case in this process."""
     import torch
 
+    from hope_train.levels.build import build_optimizer
     from hope_train.model.hope import build_model
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if not case["cpu_products"]:
+        from hope_train.memory import cpu_products
+
+        cpu_products.wanted = lambda: False
     model = build_model(model_config(case["arch"], case.get("kind", "mlp")))
     if case["compiled"]:
         model.compile_blocks(BUDGET)
@@ -69,13 +85,13 @@ def measure(case: Row) -> Row:
             mixer(x_BTD).square().mean().backward()
 
     else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        optimizer = build_optimizer(model.named_parameters(), run_config(model.config, batch, tokens))
         data_BT = torch.randint(0, VOCABULARY, (batch, tokens + 1))
 
         def step() -> None:
             total, count = model.loss(data_BT[:, :-1], data_BT[:, 1:])
             (total / count).backward()
-            optimizer.step()
+            optimizer.step(tokens=batch * tokens)
             optimizer.zero_grad()
 
     step()
@@ -120,13 +136,13 @@ def run_case(case: Row) -> Row:
     return row
 
 
-def cases(compiled: bool, quick: bool) -> dict[str, Row]:
+def cases(compiled: bool, quick: bool, cpu_products: bool = True) -> dict[str, Row]:
     """All cases by name."""
     table: dict[str, Row] = {}
     for arch in ("transformer_pp", "hope"):
         # attention at 16384 tokens takes minutes for a batch of 4; its speed per token is that of a batch of 1
         longest = (16384, 4, 1) if arch == "hope" else (16384, 1, 1)
-        for tokens, batch, repeat in ((512, 4, 5), (2048, 4, 3), longest):
+        for tokens, batch, repeat in ((512, 4, 10), (2048, 4, 3), longest):
             if quick and tokens > 512:
                 continue
             table[f"{arch}/{tokens}"] = {
@@ -145,7 +161,7 @@ def cases(compiled: bool, quick: bool) -> dict[str, Row]:
         ("mixer/hope-linear", "hope", "linear"),
     ):
         table[name] = {"part": "mixer", "arch": arch, "kind": kind, "tokens": tokens, "batch": 4, "repeat": 5}
-    return {name: case | {"compiled": compiled} for name, case in table.items()}
+    return {name: case | {"compiled": compiled, "cpu_products": cpu_products} for name, case in table.items()}
 
 
 def bars(rows: dict[str, Row]) -> list[Row]:
@@ -181,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--eager", action="store_true", help="compile neither side")
     parser.add_argument("--quick", action="store_true", help="512 tokens only")
+    parser.add_argument("--no-cpu-products", action="store_true", help="leave batched products to the library")
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -188,7 +205,7 @@ def main() -> None:
         print(json.dumps(measure(json.loads(arguments.case))))
         return
     rows: dict[str, Row] = {}
-    for name, case in cases(not arguments.eager, arguments.quick).items():
+    for name, case in cases(not arguments.eager, arguments.quick, not arguments.no_cpu_products).items():
         if arguments.only and arguments.only not in name:
             continue
         rows[name] = run_case(case)

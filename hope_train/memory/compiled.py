@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from hope_train.memory import cpu_products, pieces
 from hope_train.memory.chunked import Kernels
@@ -32,7 +34,7 @@ def compile_with_budget(
     """`function` compiled for fixed shapes; `own_products`: with our kernel, where this processor gains from it."""
     # as an option of this one compilation: its backward is compiled later, outside of this call
     ours = own_products and cpu_products.load()
-    options: dict[str, Any] | None = {"post_grad_custom_post_pass": cpu_products.UseOurProducts()} if ours else None
+    options: dict[str, Any] | None = {"post_grad_custom_post_pass": UseOurProducts()} if ours else None
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=backend, options=options)
 
     @functools.wraps(function)
@@ -43,3 +45,20 @@ def compile_with_budget(
             return compiled(*arguments)
 
     return call  # type: ignore[return-value]
+
+
+class UseOurProducts(CustomGraphPass):
+    """The compiler's graph with its batched float32 products on the CPU replaced by ours."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        """Change the graph in place."""
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):
+            result = node.meta.get("val")
+            if not isinstance(result, Tensor) or result.device.type != "cpu" or result.dtype != torch.float32:
+                continue
+            if isinstance(result.shape[-1], int) and result.shape[-1] % cpu_products.LANES == 0:
+                node.target = torch.ops.hope.bmm.default
+
+    def uuid(self) -> Any:
+        """What the compiler's cache knows this pass by."""
+        return get_hash_for_files((__file__, str(cpu_products.SOURCE)))

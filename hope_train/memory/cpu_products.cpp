@@ -1,6 +1,7 @@
-// Batched float32 products C = A B for the small matrices inside chunks, with 512-bit vectors.
+// What chunks are made of in float32, with 512-bit vectors: batched products C = A B of small matrices, and inverses of
+// unit lower triangular ones.
 //
-// A may have any strides (each of its elements is broadcast). B's rows must be contiguous, or its columns, which are
+// In a product A may have any strides (each of its elements is broadcast). B's rows must be contiguous, or its columns, which are
 // then copied into rows panel by panel. Built and registered by cpu_products.py.
 
 #include <ATen/Parallel.h>
@@ -127,13 +128,53 @@ at::Tensor bmm(const at::Tensor& a, const at::Tensor& b) {
   return bmm_out(a, b, c);
 }
 
+// (I + L)^-1 by forward substitution: row i of the inverse is e_i - sum_{j < i} L_ij row j. Whatever stands on or above
+// the diagonal of L is ignored.
+template <int VECTORS>
+void invert(const float* lower, float* inverse) {
+  constexpr int64_t SIZE = LANES * VECTORS;
+  for (int64_t i = 0; i < SIZE; i++) {
+    Vector row[VECTORS];
+    for (int v = 0; v < VECTORS; v++) row[v] = Vector{};
+    row[i / LANES][i % LANES] = 1.0f;
+    for (int64_t j = 0; j < i; j++) {
+      const float factor = lower[i * SIZE + j];
+      for (int v = 0; v < VECTORS; v++) row[v] -= factor * *reinterpret_cast<const Vector*>(inverse + j * SIZE + LANES * v);
+    }
+    for (int v = 0; v < VECTORS; v++) *reinterpret_cast<Vector*>(inverse + i * SIZE + LANES * v) = row[v];
+  }
+}
+
+at::Tensor unit_lower_inverse(const at::Tensor& lower) {
+  const int64_t size = lower.dim() < 2 ? 0 : lower.size(-1);
+  TORCH_CHECK(lower.dim() >= 2 && lower.size(-2) == size && (size == 16 || size == 32 || size == 64) &&
+                  lower.scalar_type() == at::kFloat,
+              "hope::unit_lower_inverse: float32 matrices of 16, 32 or 64 rows, not ", lower.sizes());
+  const at::Tensor from = lower.contiguous();
+  at::Tensor inverse = at::empty(from.sizes(), from.options());
+  const float* source = from.const_data_ptr<float>();
+  float* target = inverse.mutable_data_ptr<float>();
+  at::parallel_for(0, from.numel() / (size * size), 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) {
+      const float* a = source + i * size * size;
+      float* x = target + i * size * size;
+      if (size == 64) invert<4>(a, x);
+      else if (size == 32) invert<2>(a, x);
+      else invert<1>(a, x);
+    }
+  });
+  return inverse;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(hope, library) {
   library.def("bmm(Tensor a, Tensor b) -> Tensor");
   library.def("bmm.out(Tensor a, Tensor b, *, Tensor(a!) out) -> Tensor(a!)");
+  library.def("unit_lower_inverse(Tensor lower) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(hope, CPU, library) {
   library.impl("bmm", bmm);
   library.impl("bmm.out", bmm_out);
+  library.impl("unit_lower_inverse", unit_lower_inverse);
 }

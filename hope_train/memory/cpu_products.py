@@ -1,4 +1,4 @@
-"""Our own kernel for the small batched products of the memories, on CPUs where the library's is slow.
+"""Our own kernels for the small batched products (and inverses) of the memories, where the library's are slow.
 
 MKL takes its AVX2 path on AMD processors, also on those with full-width AVX-512: there the kernel in cpu_products.cpp
 computes batches of 64 x 64 products more than twice as fast (docs/benchmarks). Only compiled chunk functions use it,
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 SOURCE = Path(__file__).with_name("cpu_products.cpp")
+READY = False
+"""Whether the kernels have been loaded: what the traced functions ask."""
+
 LANES = 16
 """Floats in a vector: the number of columns must be a multiple."""
 
@@ -65,8 +67,16 @@ def load() -> bool:
     except (OSError, subprocess.CalledProcessError, RuntimeError):
         return False
     torch.library.register_fake("hope::bmm", _shape)
+    torch.library.register_fake("hope::unit_lower_inverse", torch.empty_like)
     _lower()
+    global READY
+    READY = True
     return True
+
+
+def inverts(lower: Tensor) -> bool:
+    """Whether `hope::unit_lower_inverse` takes such matrices."""
+    return lower.device.type == "cpu" and lower.dtype == torch.float32 and lower.shape[-1] in (16, 32, 64)
 
 
 def _lower() -> None:
@@ -91,20 +101,3 @@ def _shape(a: Tensor, b: Tensor) -> Tensor:
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return "\n".join(line for line in lines[:40] if line.startswith(("flags", "model name")))
-
-
-class UseOurProducts(CustomGraphPass):
-    """The compiler's graph with its batched float32 products on the CPU replaced by ours."""
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        """Change the graph in place."""
-        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):
-            result = node.meta.get("val")
-            if not isinstance(result, Tensor) or result.device.type != "cpu" or result.dtype != torch.float32:
-                continue
-            if isinstance(result.shape[-1], int) and result.shape[-1] % LANES == 0:
-                node.target = torch.ops.hope.bmm.default
-
-    def uuid(self) -> Any:
-        """What the compiler's cache knows this pass by."""
-        return get_hash_for_files((__file__, str(SOURCE)))

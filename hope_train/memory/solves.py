@@ -11,8 +11,8 @@ and with B = eta b, everything that eta_i does comes to dB_i . Y_i / eta_i. Meas
 x C matrices had been the dearest element-wise kernels of the compiled backward.
 
 The price: L Y is a difference of two numbers near Y, so where retention is tiny (alpha << 1) the gradient of log alpha
-keeps a relative accuracy of about eps / alpha only. Measured against the token loop in fp32: 7e-7 at alpha 0.98, 6e-6 at
-0.15, 5e-4 at 3e-4; in float64 the bar of 1e-10 holds down to alpha 2e-3 (where 3e-4 gives up to 3e-10).
+keeps a relative accuracy of about eps / alpha only. Measured against the token loop in fp32: 7e-7 at alpha 0.98, 6e-6
+at 0.15, 5e-4 at 3e-4; in float64 the bar of 1e-10 holds down to alpha 2e-3 (where 3e-4 gives up to 3e-10).
 """
 
 from __future__ import annotations

@@ -10,12 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hope_train.memory import cpu_products
+
 _BLOCK = 16
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:
     """(I + L)^-1, [..., C, C], from the strictly lower part of `lower` (whatever stands elsewhere is ignored)."""
     size = lower.shape[-1]
+    if torch.compiler.is_compiling() and cpu_products.READY and cpu_products.inverts(lower):
+        inverted: Tensor = torch.ops.hope.unit_lower_inverse(lower)
+        return inverted
     identity = torch.eye(min(size, _BLOCK), dtype=lower.dtype, device=lower.device)
     if size <= _BLOCK or size % _BLOCK or (size // _BLOCK) & (size // _BLOCK - 1):
         eye = torch.eye(size, dtype=lower.dtype, device=lower.device)

@@ -52,6 +52,22 @@ def test_equals_the_product_in_float64(shape: tuple[int, int, int, int], left: s
 
 
 @needs_kernel
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_inverses_of_unit_lower_triangles(size: int) -> None:
+    """Within what the library's substitution in float32 is off, whatever stands on and above the diagonal."""
+    assert cpu_products.load()
+    torch.manual_seed(2)
+    lower = torch.randn(2, 3, size, size) * torch.logspace(-3, 0, 6).view(2, 3, 1, 1) / size**0.5
+    eye = torch.eye(size, dtype=torch.float64)
+    want = torch.linalg.solve_triangular(lower.double(), eye.expand(2, 3, -1, -1), upper=False, unitriangular=True)
+    library = torch.linalg.solve_triangular(lower, eye.float().expand(2, 3, -1, -1), upper=False, unitriangular=True)
+    got = torch.ops.hope.unit_lower_inverse(lower)
+    assert (got - want).abs().max() <= 4 * (library - want).abs().max()
+    assert torch.equal(got, torch.ops.hope.unit_lower_inverse(lower.mT.contiguous().mT))
+    assert torch.equal(got.triu(1), torch.zeros_like(got))
+
+
+@needs_kernel
 @pytest.mark.parametrize("threads", [1, 2])
 def test_more_threads_give_the_same_bits(threads: int) -> None:
     assert cpu_products.load()
@@ -80,6 +96,8 @@ def test_refuses_what_it_cannot_do(a: Tensor, b: Tensor) -> None:
     assert cpu_products.load()
     with pytest.raises(RuntimeError, match="hope::bmm"):
         torch.ops.hope.bmm(a, b)
+    with pytest.raises(RuntimeError, match="hope::unit_lower_inverse"):
+        torch.ops.hope.unit_lower_inverse(torch.zeros(2, 8, 8))
 
 
 def test_a_machine_without_it_uses_the_compilers_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
