@@ -28,6 +28,12 @@ TIMEOUT = 120.0
 """Seconds that a job may take; none takes a tenth of it."""
 
 
+def rank_environment() -> dict[str, str]:
+    """The environment of a rank: one thread, and no WikiText but what a test's own configuration names."""
+    inherited = {key: value for key, value in os.environ.items() if key != "HOPE_WIKITEXT"}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 class Gang:
     """Processes that wait for jobs. Close it when done."""
 
@@ -40,7 +46,7 @@ class Gang:
                     subprocess.Popen(
                         [sys.executable, "-m", "tests.parallel.harness", str(folder), str(rank)],
                         cwd=ROOT,
-                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                        env=rank_environment(),
                         stdin=subprocess.PIPE,
                         stdout=output,
                         stderr=subprocess.STDOUT,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def during_step(monkeypatch: pytest.MonkeyPatch, index: int, action: Any) -> Non
         return step(run, number, measure)
 
     monkeypatch.setattr(loop, "take_step", patched)
+
+
+@pytest.fixture(autouse=True)
+def hangup_counts() -> Iterator[None]:
+    """These tests may run under nohup, where SIGHUP is ignored, and a run then leaves it so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def send(number: signal.Signals) -> Any:
