@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from hope_train.checkpoint.manifest import Manifest
 from hope_train.checkpoint.store import Tell, config_of, find_checkpoint, load_model, load_state
-from hope_train.checkpoint.tensors import model_state
+from hope_train.checkpoint.tensors import State, by_set, model_state, with_optimizer
 from hope_train.config.mesh import MeshSizes, resolve_mesh
 from hope_train.config.tree import RunConfig
 from hope_train.evaluate.scoring import Shares
 from hope_train.model.hope import HopeModel
-from hope_train.parallel.engine import build_spread_model, shares_of
+from hope_train.parallel.engine import Engine, build_spread_model, shares_of
 from hope_train.parallel.mesh import Mesh, join, open_mesh, world_size
 from hope_train.parallel.team import Team
 
@@ -31,6 +31,11 @@ class Spread:
     manifest: Manifest
     shares: Shares
     """How windows are dealt out to the ranks."""
+
+
+def run_state(engine: Engine) -> State:
+    """All tensors that a resume needs, this rank's parts of them, as parts of whole ones. Live, not copied."""
+    return engine.wrap(with_optimizer(by_set(engine.weights()), engine.optimizer))
 
 
 def load_on_mesh(path: str | Path, device: torch.device, overrides: Sequence[str], tell: Tell) -> Spread:

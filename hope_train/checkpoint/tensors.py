@@ -32,8 +32,13 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 def model_state(model: nn.Module) -> State:
     """The model's live tensors by shard set, under the unsharded model's names."""
+    return by_set(model.state_dict())
+
+
+def by_set(tensors: Mapping[str, Tensor]) -> State:
+    """A model's tensors by shard set."""
     state: State = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         plain = canonical_name(name)
         state.setdefault(set_name(level_of(plain)), {})[plain] = tensor.detach()
     return state
@@ -41,7 +46,11 @@ def model_state(model: nn.Module) -> State:
 
 def training_state(model: nn.Module, optimizer: LevelOptimizer) -> State:
     """`model_state` and the optimizer's state together: all tensors that a resume needs. Live, not copied."""
-    state = model_state(model)
+    return with_optimizer(model_state(model), optimizer)
+
+
+def with_optimizer(state: State, optimizer: LevelOptimizer) -> State:
+    """Tensors of a model together with its optimizer's."""
     for name, entries in optimizer.named_state().items():
         state.setdefault(name, {}).update(entries)
     return state

@@ -138,12 +138,12 @@ class LevelOptimizer(torch.optim.Optimizer):
 
     def _grad_norms(self) -> dict[str, float]:
         """Norm of this step's gradient by set."""
-        owners = [[m.parameter for m in members if m.parameter.grad is not None] for members in self._sets.values()]
-        return dict(zip(self._sets, _floats(self._norms_of_grads(owners)), strict=True))
+        parameters = [[member.parameter for member in members] for members in self._sets.values()]
+        return dict(zip(self._sets, _floats(self._norms_of_grads(parameters, self.ranks.gradient)), strict=True))
 
-    def _norms_of_grads(self, owners: list[list[Tensor]]) -> list[Tensor]:
-        grads = [[parameter.grad for parameter in group if parameter.grad is not None] for group in owners]
-        return self.ranks.norms(grads, owners)
+    def _norms_of_grads(self, groups: list[list[Tensor]], gradient: Callable[[Tensor], Tensor | None]) -> list[Tensor]:
+        found = [[(p, grad) for p in group if (grad := gradient(p)) is not None] for group in groups]
+        return self.ranks.norms([[g for _, g in pairs] for pairs in found], [[p for p, _ in pairs] for pairs in found])
 
     # Stepping
 
@@ -185,6 +185,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         self._accumulate(tokens)
         clips, ratios = self._update(due, measure)
         resets = self._reset(self.plan.reset_sets(number), measure)
+        self.ranks.changed(due)  # what is reset has been due
         self._count("steps", lambda group: True)
         self._count("updates", lambda group: group["set"] in due)
         return self._report(number, norms, applied=True, clips=clips, ratios=ratios, resets=resets)
@@ -197,8 +198,8 @@ class LevelOptimizer(torch.optim.Optimizer):
     def _accumulate(self, tokens: int) -> None:
         """Add tokens times gradient for all slow sets; a parameter without a gradient adds zero."""
         for member in self._slow:
-            if member.parameter.grad is not None:
-                self.state[member.parameter][ACCUMULATOR].add_(member.parameter.grad, alpha=tokens)
+            if (grad := self.ranks.gradient(member.parameter)) is not None:
+                self.state[member.parameter][ACCUMULATOR].add_(grad, alpha=tokens)
         for group in self.param_groups:
             if group["period"] > 1:
                 group["tokens"] += tokens
@@ -236,9 +237,8 @@ class LevelOptimizer(torch.optim.Optimizer):
         if not members:
             return
         accumulators = [self.state[member.parameter][ACCUMULATOR] for member in members]
-        self.ranks.reduce_accumulators(name, accumulators)
-        for member, accumulator in zip(members, accumulators, strict=True):
-            mean = accumulator.div_(member.group["tokens"])
+        for member, total in zip(members, self.ranks.close_period(name, accumulators), strict=True):
+            mean = total.div_(member.group["tokens"])
             member.parameter.grad = mean.to(member.parameter.dtype)
 
     def fold(self) -> None:
@@ -261,7 +261,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         """One norm and one clip per group of equal period, on the gradients about to be applied."""
         periods = sorted({member.group["period"] for member in stepping})
         groups = [[m.parameter for m in stepping if m.group["period"] == period] for period in periods]
-        norms = self._norms_of_grads([[p for p in group if p.grad is not None] for group in groups])
+        norms = self._norms_of_grads(groups, lambda parameter: parameter.grad)
         if self.clip_norm is not None:
             for group, norm in zip(groups, norms, strict=True):
                 torch.nn.utils.clip_grads_with_norm_(group, self.clip_norm, norm)
@@ -358,7 +358,8 @@ class LevelOptimizer(torch.optim.Optimizer):
                 state.update(self.rule.initial_state(parameter, group))
             if group["period"] > 1 and ACCUMULATOR not in state:
                 wide = torch.promote_types(parameter.dtype, torch.float32)
-                state[ACCUMULATOR] = torch.zeros_like(parameter, dtype=wide, memory_format=torch.preserve_format)
+                like = self.ranks.collects(parameter)
+                state[ACCUMULATOR] = torch.zeros_like(like, dtype=wide, memory_format=torch.preserve_format)
             if group["set"] in anchored and ANCHOR not in state:
                 state[ANCHOR] = parameter.detach().clone()
 

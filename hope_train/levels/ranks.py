@@ -1,4 +1,4 @@
-"""The three places where the level optimizer asks other ranks. Here: one process, nobody to ask.
+"""The places where the level optimizer asks other ranks. Here: one process, nobody to ask.
 
 An engine that spreads the model over ranks subclasses this; the optimizer itself does not change.
 """
@@ -30,9 +30,27 @@ class Ranks:
         """Whether every rank says so: no rank may apply a step that another one skips."""
         return finite
 
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """What this step's backward has left for a parameter that the optimizer holds. Where that is a shard and its
+        set is slow, this is the gradient of the whole, of this rank's samples."""
+        return parameter.grad
+
+    def collects(self, parameter: Tensor) -> Tensor:
+        """A tensor of the shape and type of `gradient`, for the accumulator of a slow set."""
+        return parameter
+
+    def close_period(self, name: str, accumulators: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The sums of the accumulators of the set `name`, whose period ends at this step, over the ranks that hold
+        parts of them, in the shapes of its parameters. The accumulators may be used up."""
+        self.reduce_accumulators(name, accumulators)
+        return accumulators
+
+    def changed(self, names: Sequence[str]) -> None:
+        """The parameters of these sets that the optimizer holds have new values."""
+
     def reduce_accumulators(self, name: str, accumulators: Sequence[Tensor]) -> None:
-        """Sum, in place, the accumulators of the set `name`, whose period ends at this step, over the ranks that
-        hold parts of them. Nothing to do where the gradients of every step are already whole."""
+        """Sum, in place, the accumulators of the set `name` over the ranks that hold parts of them. Nothing to do
+        where the gradients of every step are already whole."""
 
     def keep_one_sum(self, accumulators: Sequence[Tensor]) -> None:
         """After accumulators were summed in mid-period: leave the sum to one rank of those that hold parts, so that

@@ -13,16 +13,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from data_pipelines.batches import Batch, BatchSource
+from hope_train.config.train import TrainConfig
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.evaluate.scoring import Shares
 from hope_train.levels.build import build_optimizer
 from hope_train.levels.optimizer import LevelOptimizer
 from hope_train.levels.report import StepReport
-from hope_train.levels.schedule import LevelPlan, level_of, set_name
+from hope_train.levels.schedule import LevelPlan, canonical_name, level_of, set_name
 from hope_train.model.hope import HopeModel, build_model
 from hope_train.parallel.data import DataParallel
 from hope_train.parallel.mesh import Mesh
+from hope_train.parallel.micro import micro_batches
 from hope_train.parallel.ranks import MeshRanks
 from hope_train.parallel.tensor import TensorParallel
 
@@ -57,10 +59,33 @@ class Engine:
             return scored
         return self.mesh.team.total(scored) * self.mesh.sizes.dp // self.mesh.sizes.world
 
-    def arm(self) -> None:
-        """The step's last backward follows."""
-        if self.data is not None:
-            self.data.arm()
+    def forward_backward(self, batch: Batch, scored: int, train: TrainConfig) -> Tensor:
+        """Forward and backward of this rank's rows; afterwards the step's gradients are complete.
+
+        Args:
+            scored: targets of the whole global batch that are scored: what the summed loss is divided by, so that the
+                gradient is the mean over all of them, however they are cut.
+
+        Returns:
+            The summed negative log-likelihood (nats, float64) of each micro-batch of all ranks, in the order of the
+            batch; the same on every rank.
+        """
+        device = self.mesh.device
+        parts = list(micro_batches(batch, train.micro_batch_size, device))
+        sums = []
+        for number, (tokens_BT, targets_BT, starts_BT) in enumerate(parts):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16"):
+                nll, _ = self.model.loss(tokens_BT, targets_BT, starts_BT, train.loss_chunk)
+            if number == len(parts) - 1 and self.data is not None:
+                self.data.arm()
+            (nll / max(scored, 1)).backward()
+            sums.append(nll.detach())
+        self.finish_backward()
+        return self.all_rows(torch.stack(sums).double())
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of the step."""
+        self.optimizer.zero_grad()
 
     def finish_backward(self) -> None:
         """Complete this step's gradients: those of the sets of period 1 are then whole on every rank."""
@@ -91,6 +116,14 @@ class Engine:
         return shares_of(self.mesh)
 
     # Checkpoints
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's part of every parameter that it holds, live, under the unsharded model's names."""
+        return {canonical_name(name): tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def loaded(self) -> None:
+        """The tensors of `weights` and of the optimizer's state have been read from a checkpoint."""
+        self.optimizer.ranks.changed([part.name for part in self.optimizer.plan.sets])
 
     def wrap(self, state: State) -> State:
         """The same tensors as parts of whole ones, for a checkpoint that any layout can read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from hope_train.checkpoint.tensors import training_state
+from hope_train.checkpoint.spread import run_state
 from hope_train.checkpoint.writer import Facts, SaveError
 from hope_train.train import randomness
 from hope_train.train.metrics import JsonLines, Row
@@ -27,7 +27,7 @@ def save(run: Session, last: bool = False) -> None:
         run.optimizer.fold()
         # Nobody knows of a failure in the background at the same step on all ranks: the try that decides is waited for.
         decisive = last or run.writer.failures + 1 >= run.config.checkpoint.patience
-        state = run.engine.wrap(training_state(run.model, run.optimizer))
+        state = run_state(run.engine)
         try:
             # During a row of refused steps the older checkpoints may be the better ones: none is deleted then.
             run.writer.save(state, facts(run), wait=decisive, prune=run.progress.refused == 0)

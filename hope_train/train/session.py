@@ -13,8 +13,9 @@ import torch
 from data_pipelines.batches import DataBundle, open_data, open_tokenizer
 from hope_train.checkpoint.fence import FencedError, refuse_if_in_use
 from hope_train.checkpoint.manifest import CHECKPOINTS, Manifest, list_checkpoints
+from hope_train.checkpoint.spread import run_state
 from hope_train.checkpoint.store import find_checkpoint, load_state, newest_whole, read_trainer
-from hope_train.checkpoint.tensors import training_state
+from hope_train.checkpoint.tensors import by_set, with_optimizer
 from hope_train.checkpoint.writer import CheckpointWriter
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
@@ -199,7 +200,7 @@ def open_session(
     if found is not None:
         writer.go_on_from(*found)
     if keep.async_save:
-        writer.reserve(engine.wrap(training_state(engine.model, engine.optimizer)))
+        writer.reserve(run_state(engine))
     for line in (*notes, *(f"warning: {line}" for line in engine.optimizer.plan.warnings())):
         display.say(line)
     if found is not None:
@@ -323,7 +324,8 @@ def load_progress(folder: Path, manifest: Manifest, engine: Engine) -> Progress:
 
     Raises UserError for another model.
     """
-    state, optimizer = training_state(engine.model, engine.optimizer), engine.optimizer
+    optimizer = engine.optimizer
+    state = with_optimizer(by_set(engine.weights()), optimizer)
     load_state(folder, manifest, engine.wrap(state), engine.mesh.team.group)
     optimizer.load_named_state(
         {
@@ -332,6 +334,7 @@ def load_progress(folder: Path, manifest: Manifest, engine: Engine) -> Progress:
         }
     )
     optimizer.unfold()
+    engine.loaded()
     trainer = read_trainer(folder)
     randomness.restore(trainer["random"])
     return Progress(manifest.step, manifest.tokens, int(trainer["refused"]), dict(manifest.losses))

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from data_pipelines.batches import Batch
 from hope_train.checkpoint.fence import Fence
+from hope_train.checkpoint.spread import run_state
 from hope_train.checkpoint.store import newest_whole
-from hope_train.checkpoint.tensors import training_state
 from hope_train.checkpoint.writer import CheckpointWriter, Facts
 from hope_train.config.load import validate
 from hope_train.config.tree import RunConfig
@@ -97,7 +97,7 @@ def open_engine(config: RunConfig, dtype: str) -> Engine:
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, whatever the layout; `fold` has been called where it matters."""
-    state = engine.wrap(training_state(engine.model, engine.optimizer))
+    state = run_state(engine)
     return {
         f"{name}/{key}": (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
         for name, part in state.items()
@@ -222,7 +222,7 @@ def save(folder: str, arch: str, steps: int, **options: Any) -> dict[str, torch.
         data={},
         trainer={"random": randomness.capture(), "refused": 0},
     )
-    writer.save(engine.wrap(training_state(engine.model, engine.optimizer)), facts)
+    writer.save(run_state(engine), facts)
     expected = whole_state(engine)
     if engine.mesh.team.leads:
         fence.release()
