@@ -145,6 +145,7 @@ def evaluate(
 @app.command("generate")
 def generate(
     run: Run,
+    overrides: Overrides = None,
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.8,
@@ -155,9 +156,10 @@ def generate(
     as_json: Json = False,
 ) -> int:
     """Stream text from a checkpoint."""
+    chosen = _overrides(overrides, run)
     from hope_train.generate import generate_command
 
-    return generate_command(run, prompt, max_tokens, temperature, top_p, seed, as_json)
+    return generate_command(run, chosen, prompt, max_tokens, temperature, top_p, seed, as_json)
 
 
 @app.command("plan")

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from hope_train.config.mesh import MeshSizes
 from hope_train.errors import UserError
 from hope_train.model.hope import HopeModel, ModelState
 
@@ -19,6 +20,10 @@ from hope_train.model.hope import HopeModel, ModelState
 _PREFILL = 512
 
 Around = Callable[[], AbstractContextManager[object]]
+Agree = Callable[[int], int]
+
+# Everything else is fixed by the checkpoint or an option of its own.
+_FREE = ("parallel.", "train.device", "train.precision", "train.threads")
 
 
 def generate(
@@ -31,6 +36,7 @@ def generate(
     seed: int = 0,
     stop_id: int | None = None,
     around: Around = nullcontext,
+    agree: Agree = int,
 ) -> Iterator[int]:
     """Tokens that continue `tokens`, each given out as soon as it is drawn.
 
@@ -42,6 +48,7 @@ def generate(
         seed: the same seed gives the same tokens; below 2**63.
         stop_id: the text ends before this token, which is not given out.
         around: makes a context in which the model runs, such as autocast.
+        agree: with a model spread over ranks, which all call this: from the token drawn here to the one all go on with.
 
     Raises:
         UserError: bad arguments, or logits that are not finite.
@@ -49,7 +56,7 @@ def generate(
     check_sampling(max_tokens, temperature, top_p)
     if not len(tokens):
         raise UserError("nothing to continue: give at least one token (a text begins with the end-of-text token)")
-    return _generate(model, list(tokens), max_tokens, temperature, top_p, seed, stop_id, around)
+    return _generate(model, list(tokens), max_tokens, temperature, top_p, seed, stop_id, around, agree)
 
 
 def _generate(
@@ -61,13 +68,14 @@ def _generate(
     seed: int,
     stop_id: int | None,
     around: Around,
+    agree: Agree,
 ) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     state = model.initial_state(1)
     pending = tokens
     for _ in range(max_tokens):
         logits_V, state = _read(model, pending, state, around)
-        token = sample(logits_V, temperature, top_p, generator)
+        token = agree(sample(logits_V, temperature, top_p, generator))
         if token == stop_id:
             return
         yield token
@@ -113,33 +121,75 @@ def check_sampling(max_tokens: int, temperature: float, top_p: float) -> None:
 
 
 def generate_command(
-    run: str, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int, as_json: bool
+    run: str,
+    overrides: Sequence[str],
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    as_json: bool,
 ) -> int:
     """`hope generate`: the prompt and its continuation, printed as it is made; with `as_json` one object at the end.
 
+    Under torchrun every process decodes the same text with its part of the model, and the first one prints it.
+
     Args:
         run: a run directory (its newest checkpoint) or a checkpoint.
+        overrides: `parallel.*`, `train.device`, `train.precision` and the like; what the checkpoint fixes is refused.
         prompt: `-` reads standard input to its end.
 
+    Returns:
+        The exit code.
+
     Raises:
-        UserError: no such checkpoint, no tokenizer that fits it, or bad sampling values.
+        UserError: no such checkpoint, no tokenizer that fits it, a mesh that cannot decode, or bad sampling values. Of
+            several processes the first raises it, and the others return 2.
     """
     check_sampling(max_tokens, temperature, top_p)
-    from hope_train.checkpoint.store import load_model
-    from hope_train.evaluate.run_files import checkpoint_tokenizer, pick_device
+    from hope_train.parallel.mesh import process_rank, world_size
+    from hope_train.parallel.team import SharedError, Team
 
+    def speak() -> int:
+        return _speak(run, overrides, prompt, max_tokens, temperature, top_p, seed, as_json)
+
+    try:
+        return Team(process_rank(), world_size()).alike(speak)
+    except SharedError:
+        return 2
+
+
+def _speak(
+    run: str,
+    overrides: Sequence[str],
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """`generate_command` of one process of the job. Raises UserError."""
+    from hope_train.checkpoint.spread import load_on_mesh
+    from hope_train.evaluate.run_files import allowed_overrides, checkpoint_tokenizer, prepare_device
+    from hope_train.parallel.mesh import close_mesh
+
+    settings = allowed_overrides(overrides, _FREE, "hope generate")
+    device = prepare_device(settings)
+    # A mesh is this job's own affair, not the training's.
+    loaded = load_on_mesh(
+        run, device, ["parallel={}", *overrides], lambda line: print(line, file=sys.stderr), check_decodes
+    )
+    model, manifest, device, team = loaded.model, loaded.manifest, loaded.mesh.device, loaded.mesh.team
     if prompt == "-":
-        prompt = _stdin()
-    device = pick_device("auto")
-    model, config, manifest = load_model(run, device, tell=lambda line: print(line, file=sys.stderr))
-    tokenizer = checkpoint_tokenizer(run, config, manifest.tokenizer)
-    model.eval()
+        prompt = team.on_first(_stdin)
+    tokenizer = checkpoint_tokenizer(run, loaded.config, manifest.tokenizer)
     tokens = tokenizer.encode(prompt)  # before it is shown: a prompt that is no text is refused
-    low = config.train.precision == "bf16"
+    low = loaded.config.train.precision == "bf16"
     started = time.perf_counter()
     made: list[int] = []
     decoder = tokenizer.decode_stream()
-    show = (lambda text: None) if as_json else _show
+    show = (lambda text: None) if as_json or not team.leads else _show
     show(prompt)
     for token in generate(
         model,
@@ -150,11 +200,14 @@ def generate_command(
         seed=seed,
         stop_id=tokenizer.eot_id,
         around=lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=low),
+        # Replicas may round otherwise than each other; all must read the same text on.
+        agree=team.of_first,
     ):
         made.append(token)
         show(decoder.push(token))
     show(decoder.flush() + "\n")
-    if as_json:
+    close_mesh()
+    if as_json and team.leads:
         seconds = time.perf_counter() - started
         figures = {
             "run": run,
@@ -171,6 +224,17 @@ def generate_command(
         }
         print(json.dumps(figures, ensure_ascii=False))
     return 0
+
+
+def check_decodes(sizes: MeshSizes) -> None:
+    """Raises UserError for a mesh on which no model can read a text token by token."""
+    if sizes.pp > 1:
+        raise UserError(f"parallel.pp={sizes.pp}: hope generate does not decode through a pipeline; set parallel.pp=1")
+    if sizes.dp_shard > 1:
+        raise UserError(
+            f"parallel.dp_shard={sizes.dp_shard}: hope generate does not decode with sharded parameters; set "
+            "parallel.dp_shard=1 and divide the model by parallel.tp"
+        )
 
 
 def _stdin() -> str:

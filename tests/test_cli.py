@@ -84,7 +84,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             ["generate", "runs/x", "--prompt", "Once", "--temperature", "0"],
             "hope_train.generate",
             "generate_command",
-            (("runs/x", "Once", 200, 0.0, 0.95, 0, False), {}),
+            (("runs/x", [], "Once", 200, 0.0, 0.95, 0, False), {}),
         ),
         (
             ["plan", "c.yaml", "model.d_model=64", "--devices", "8", "--device", "h100"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +38,18 @@ def run_state(engine: Engine) -> State:
     return engine.wrap(with_optimizer(by_set(engine.weights()), engine.optimizer))
 
 
-def load_on_mesh(path: str | Path, device: torch.device, overrides: Sequence[str], tell: Tell) -> Spread:
+def load_on_mesh(
+    path: str | Path,
+    device: torch.device,
+    overrides: Sequence[str],
+    tell: Tell,
+    check: Callable[[MeshSizes], None] = lambda sizes: None,
+) -> Spread:
     """As `store.load_model`, by every process of this job; one process alone holds the whole model.
 
     Args:
         overrides: `parallel.…=…`: the mesh. It need not be the one that wrote the checkpoint.
+        check: raises UserError for a mesh that the caller has no use for.
 
     Raises:
         UserError: what `load_model` raises, and a mesh that does not fit.
@@ -55,6 +62,7 @@ def load_on_mesh(path: str | Path, device: torch.device, overrides: Sequence[str
     team = Team(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     folder, manifest = team.on_first(lambda: find_checkpoint(path, tell))
     config = team.alike(lambda: config_of(manifest, overrides))
+    team.alike(lambda: check(resolve_mesh(config, team.ranks, training=False)))
     mesh = team.alike(lambda: open_mesh(config, device, training=False))
     model, tensor = team.alike(lambda: build_spread_model(config, mesh))
     state = model_state(model)

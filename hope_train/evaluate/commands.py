@@ -7,17 +7,16 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hope_train.config.load import apply_override, merge, validate
+from hope_train.config.load import merge, validate
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.evaluate.loop import Evaluator, Row
-from hope_train.evaluate.run_files import checkpoint_tokenizer, pick_device
+from hope_train.evaluate.run_files import allowed_overrides, checkpoint_tokenizer, prepare_device
 from hope_train.evaluate.scoring import Progress as Report
 from hope_train.evaluate.sources import ENVIRONMENT
 
@@ -82,22 +81,11 @@ def _eval(
     as_json: bool,
 ) -> int:
     """`eval_command` of one process of the job. Raises UserError."""
-    for text in overrides:
-        if not text.startswith(_FREE):
-            raise UserError(f"override {text!r}: the checkpoint fixes that; hope eval takes {', '.join(_FREE)}")
-    chosen: dict[str, Any] = {}
-    for text in overrides:
-        apply_override(chosen, text)
-
-    import torch
-
+    chosen = allowed_overrides(overrides, _FREE, "hope eval")
     from hope_train.checkpoint.spread import load_on_mesh
     from hope_train.parallel.mesh import close_mesh
 
-    settings = chosen.get("train") or {}
-    device = pick_device(settings.get("device") or "auto")
-    if isinstance(settings.get("threads"), int):
-        torch.set_num_threads(settings["threads"])
+    device = prepare_device(chosen)
     # A mesh is this job's own affair, not the training's.
     mesh_overrides = [text for text in overrides if text.startswith("parallel.")]
     loaded = load_on_mesh(run, device, ["parallel={}", *mesh_overrides], _warn)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data_pipelines.tokenizer import Tokenizer
+from hope_train.config.load import apply_override
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 
@@ -57,3 +60,21 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but torch sees no CUDA device: say train.device=cpu")
     return torch.device(name)
+
+
+def allowed_overrides(overrides: Sequence[str], free: tuple[str, ...], command: str) -> dict[str, Any]:
+    """The tree that overrides make of a checkpoint's configuration. Raises UserError for what the checkpoint fixes."""
+    chosen: dict[str, Any] = {}
+    for text in overrides:
+        if not text.startswith(free):
+            raise UserError(f"override {text!r}: the checkpoint fixes that; {command} takes {', '.join(free)}")
+        apply_override(chosen, text)
+    return chosen
+
+
+def prepare_device(chosen: Mapping[str, Any]) -> torch.device:
+    """The device that `train.device` of such a tree means, and `train.threads` set. Raises UserError."""
+    settings = chosen.get("train") or {}
+    if isinstance(settings.get("threads"), int):
+        torch.set_num_threads(settings["threads"])
+    return pick_device(settings.get("device") or "auto")

@@ -41,6 +41,14 @@ class Team:
         value: T = box[0]
         return value
 
+    def of_first(self, value: int) -> int:
+        """The value that rank 0 has."""
+        if self.group is None:
+            return value
+        number = torch.tensor(value, dtype=torch.int64)
+        dist.broadcast(number, group=self.group, group_src=0)
+        return int(number)
+
     def together(self, action: Callable[[], T]) -> T:
         """Do something on every rank; what this one got. If it fails on one, it fails on all.
 

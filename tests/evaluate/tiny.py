@@ -65,9 +65,9 @@ def wikitext_like(seed: int = 0, paragraphs: tuple[int, ...] = (6, 1, 0, 3, 2)) 
     return "\n".join(lines) + "\n"
 
 
-def tiny_tokenizer(folder: Path) -> Tokenizer:
-    """400 pieces, BPE, trained on other pages than the tests score."""
-    return train_tokenizer([wikitext_like(seed) for seed in range(100, 110)], folder / "tiny.model", 400)
+def tiny_tokenizer(folder: Path, pieces: int = 400) -> Tokenizer:
+    """BPE, trained on other pages than the tests score."""
+    return train_tokenizer([wikitext_like(seed) for seed in range(100, 110)], folder / "tiny.model", pieces)
 
 
 def run_config(arch: str, vocab_size: int, **sections: dict[str, object]) -> RunConfig:

@@ -303,12 +303,17 @@ def not_finite(rank: int, name: str) -> list[tuple[bool, int, int]]:
     return found
 
 
-def eval_run(arguments: list[str]) -> tuple[int, str, str]:
-    """`hope eval` on these ranks: exit code, stdout, stderr."""
+def command(arguments: list[str]) -> tuple[int, str, str]:
+    """`hope …` on these ranks: exit code, stdout, stderr."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = hope(["eval", *arguments])
+        code = hope(arguments)
     return code, out.getvalue(), err.getvalue()
+
+
+def eval_run(arguments: list[str]) -> tuple[int, str, str]:
+    """`hope eval` on these ranks: exit code, stdout, stderr."""
+    return command(["eval", *arguments])
 
 
 def places() -> dict[str, Any]:
