@@ -117,12 +117,13 @@ def _describe_set(folder: Path, manifest: Manifest, name: str) -> Entry:
         "here": place.is_relative_to(folder),
         "age": manifest.step - part.step if part.step is not None else None,
         "updates": part.updates,
+        "rows": part.rows,
         "bytes": sum(record.bytes for record in part.files.values()),
     }
 
 
 def _places(entry: Entry) -> str:
-    """`here: core, level_0; step_00000004: level_1 (2), level_2 (2)`"""
+    """`here: core, level_0, level_1_accumulator of 4 ranks; step_00000004: level_1 (2), level_2 (2)`"""
     if entry["kind"] == "remains":
         return f"held for others: {', '.join(entry['held'])}"
     if entry["problem"] is not None and "sets" not in entry:
@@ -130,7 +131,8 @@ def _places(entry: Entry) -> str:
     by_place: dict[str, list[str]] = {}
     for name, part in entry["sets"].items():
         home = "here" if part["here"] else part["folder"].partition("/")[0]
-        by_place.setdefault(home, []).append(name if part["here"] else f"{name} ({part['age']})")
+        more = f" of {part['rows']} ranks" if part["rows"] else ""
+        by_place.setdefault(home, []).append(name + (more if part["here"] else f" ({part['age']})"))
     text = "; ".join(f"{home}: {', '.join(names)}" for home, names in by_place.items())
     return text if entry["problem"] is None else f"{entry['problem']} | {text}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hope_train.checkpoint.collected import ACCUMULATOR
 from hope_train.checkpoint.manifest import Manifest
 from hope_train.checkpoint.sets import accumulator_set
 from hope_train.checkpoint.tensors import OPTIMIZER, entries, load_set
@@ -62,10 +63,21 @@ class _Entry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     counter: bool
+    rows: int | None = None
+    """Of a stacked accumulator."""
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The shape without the rows."""
+        return self.shape if self.rows is None else self.shape[1:]
 
     @property
     def shown(self) -> str:
-        return f"{list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+        return f"{list(self.whole)} {str(self.dtype).removeprefix('torch.')}"
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """What all ranks have collected together."""
+        return tensor if self.rows is None else tensor.sum(0)
 
     @property
     def bytes(self) -> int:
@@ -75,7 +87,8 @@ class _Entry:
 def compare(one: tuple[Path, Manifest], other: tuple[Path, Manifest], weights_only: bool = False) -> Comparison:
     """Compare two verified checkpoints tensor by tensor, a part at a time. Raises UserError for a set that is no set.
 
-    Names are those of the unsharded model; which files a tensor lies in does not matter.
+    Names are those of the unsharded model; which files a tensor lies in does not matter. Accumulators that are stacked
+    by as many ranks in both are compared row by row, others by what all ranks have collected together.
 
     weights_only: leave out the optimizer's state and the counters.
     """
@@ -88,15 +101,18 @@ def compare(one: tuple[Path, Manifest], other: tuple[Path, Manifest], weights_on
     for name, entry in mine.items():
         if name in counted or name not in theirs:
             continue
-        if entry.shape != theirs[name].shape or entry.dtype != theirs[name].dtype:
-            kind = "shape" if entry.shape != theirs[name].shape else "type"
+        if entry.whole != theirs[name].whole or entry.dtype != theirs[name].dtype:
+            kind = "shape" if entry.whole != theirs[name].whole else "type"
             found.tensors.append(TensorDifference(name, kind, entry.shown, theirs[name].shown))
         else:
             common.append(name)
     for names in _portions(common, mine):
         left, right = _load(mine, names), _load(theirs, names)
         for name in names:
-            different, max_abs, max_rel = difference(left[name], right[name])
+            pair = left[name], right[name]
+            if mine[name].rows != theirs[name].rows:
+                pair = mine[name].summed(pair[0]), theirs[name].summed(pair[1])
+            different, max_abs, max_rel = difference(*pair)
             if different:
                 shown = mine[name].shown
                 found.tensors.append(TensorDifference(name, "values", shown, shown, different, max_abs, max_rel))
@@ -142,7 +158,8 @@ def _entries(folder: Path, manifest: Manifest, weights_only: bool) -> dict[str, 
                 continue
             counter = key.startswith(OPTIMIZER) and "." not in key.removeprefix(OPTIMIZER)
             name = f"{level}.{key.removeprefix(OPTIMIZER)}" if counter else key
-            found[name] = _Entry(place, key, shape, dtype, counter)
+            rows = manifest.sets[set_name].rows if key.startswith(ACCUMULATOR) else None
+            found[name] = _Entry(place, key, shape, dtype, counter, rows)
     return found
 
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from hope_train.errors import UserError
 
-FORMAT = 2
-READABLE = (1, 2)
-"""Format 1 had what a level collects inside the level's own set; all else is the same."""
+FORMAT = 3
+READABLE = (1, 2, 3)
+"""Format 1 had what a level collects inside the level's own set; 2 knew no stacked accumulators; all else is the
+same."""
 
 MANIFEST = "manifest.json"
 TRIMMED = "trimmed.json"
@@ -57,6 +58,9 @@ class ShardSet:
 
     updates: int | None = None
     """Updates that the level had taken; None where that does not tell whether the set has changed since."""
+
+    rows: int | None = None
+    """Of accumulators: the data-parallel ranks whose own are in it, stacked; None: their sum (folded), or none."""
 
     @property
     def step(self) -> int | None:
@@ -102,6 +106,11 @@ class Manifest:
     def name(self) -> str:
         """The folder's name."""
         return step_name(self.step)
+
+    @property
+    def stacked(self) -> int | None:
+        """Rows of the stacked accumulators; None: folded, or none are in it."""
+        return next((part.rows for part in self.sets.values() if part.rows is not None), None)
 
     def references(self) -> set[str]:
         """Names of other checkpoints whose files this one needs."""
@@ -185,11 +194,11 @@ def _read(folder: Path, file: str) -> Manifest:
         raise DamagedCheckpointError(f"checkpoint {folder}: {file} is damaged: it does not have its own sha256")
     version = tree.pop("format", None)
     if version not in READABLE:
-        known = " and ".join(map(str, READABLE))
+        known = ", ".join(map(str, READABLE))
         raise UserError(f"checkpoint {folder} has format {version}, this version of hope-train reads {known}")
     try:
         sets = {
-            name: ShardSet(part["path"], _records(part["files"]), part.get("updates"))
+            name: ShardSet(part["path"], _records(part["files"]), part.get("updates"), part.get("rows"))
             for name, part in tree.pop("sets").items()
         }
         manifest = Manifest(**{**tree, "sets": sets, "files": _records(tree["files"])})

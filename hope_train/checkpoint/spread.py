@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hope_train.checkpoint.collected import stacked
 from hope_train.checkpoint.manifest import Manifest
 from hope_train.checkpoint.store import Tell, config_of, find_checkpoint, load_model, load_state
 from hope_train.checkpoint.tensors import State, by_set, model_state, with_optimizer
@@ -33,9 +34,18 @@ class Spread:
     """How windows are dealt out to the ranks."""
 
 
-def run_state(engine: Engine) -> State:
-    """All tensors that a resume needs, this rank's parts of them, as parts of whole ones. Live, not copied."""
-    return engine.wrap(with_optimizer(by_set(engine.weights()), engine.optimizer))
+def live_state(engine: Engine) -> State:
+    """All tensors that a resume needs, this rank's parts of them. Live, not copied."""
+    return with_optimizer(by_set(engine.weights()), engine.optimizer)
+
+
+def run_state(engine: Engine, stack: bool = False) -> State:
+    """`live_state` as parts of whole tensors, for a checkpoint; accumulators folded before, or `stack`ed: each rank's
+    own as rows (see `collected`).
+    """
+    live = live_state(engine)
+    wrapped = engine.wrap(live)
+    return stacked(wrapped, live, engine.rows()) if stack else wrapped
 
 
 def load_on_mesh(

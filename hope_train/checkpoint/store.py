@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hope_train.checkpoint.collected import ACCUMULATOR, Apart, load_stacked
 from hope_train.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -30,9 +31,15 @@ from hope_train.checkpoint.tensors import (
     split_accumulators,
 )
 from hope_train.config.load import apply_override, validate
+from hope_train.config.mesh import MeshSizes
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.model.hope import HopeModel, build_model
+from hope_train.parallel.mesh import Mesh
+from hope_train.parallel.rows import Rows
+
+ALONE = Rows(Mesh(MeshSizes(), torch.device("cpu")))
+"""One process, which reads every row."""
 
 Tell = Callable[[str], None]
 """Takes one line for the user."""
@@ -92,6 +99,7 @@ def check_state(folder: Path, manifest: Manifest, state: State) -> None:
     for set_name, tensors in state.items():
         held = [name for name in (set_name, accumulator_set(set_name)) if name in manifest.sets]
         saved = {name: kind for part in held for name, kind in entries(manifest.set_folder(folder, part)).items()}
+        rows = manifest.sets[held[-1]].rows
         nothing_collected = split_accumulators({set_name: tensors}).get(accumulator_set(set_name), {})
         if len(held) > 1 or TOKENS in saved:
             nothing_collected = {}
@@ -101,6 +109,8 @@ def check_state(folder: Path, manifest: Manifest, state: State) -> None:
             if name not in saved:
                 raise UserError(f"{where}: {name} is not in it")
             shape, dtype = saved[name]
+            if rows is not None and name.startswith(ACCUMULATOR):
+                shape = shape[1:]
             if shape != tuple(tensor.shape):
                 raise UserError(f"{where}: {name} has shape {list(shape)} there and {list(tensor.shape)} here")
             if dtype != tensor.dtype:
@@ -110,8 +120,11 @@ def check_state(folder: Path, manifest: Manifest, state: State) -> None:
                 raise UserError(f"{where}: this model has no {name}")
 
 
-def load_state(folder: Path, manifest: Manifest, state: State, group: Any = None) -> None:
-    """Read a verified checkpoint into the live tensors of `state`, in place. Raises what `check_state` raises."""
+def load_state(folder: Path, manifest: Manifest, state: State, group: Any = None, apart: Apart | None = None) -> None:
+    """Read a verified checkpoint into the live tensors of `state`, in place. Raises what `check_state` raises.
+
+    apart: for a checkpoint with stacked accumulators, where each rank's own go; None: `state` is one process's.
+    """
     check_state(folder, manifest, state)
     for set_name, tensors in state.items():
         place, wanted = manifest.set_folder(folder, set_name), tensors
@@ -121,7 +134,12 @@ def load_state(folder: Path, manifest: Manifest, state: State, group: Any = None
         if collected and TOKENS not in entries(place):
             wanted = parts[set_name]
             if accumulator_set(set_name) in manifest.sets:
-                load_set(manifest.set_folder(folder, accumulator_set(set_name)), collected, group)
+                beside, count = manifest.set_folder(folder, part := accumulator_set(set_name)), manifest.sets[part].rows
+                if count is None:
+                    load_set(beside, collected, group)
+                else:
+                    own = collected if apart is None else {key: apart.live[set_name][key] for key in collected}
+                    load_stacked(beside, own, count, ALONE if apart is None else apart.rows, group)
             else:  # at the end of a period nothing has been collected
                 with torch.no_grad():
                     for tensor in collected.values():

@@ -34,7 +34,7 @@ from hope_train.checkpoint.manifest import (
     sync_folders,
 )
 from hope_train.checkpoint.retention import removals, remove, remove_unfinished
-from hope_train.checkpoint.sets import Contents, plan_save
+from hope_train.checkpoint.sets import Contents, is_accumulator_set, plan_save
 from hope_train.checkpoint.tensors import (
     UPDATES,
     Staging,
@@ -113,11 +113,12 @@ class CheckpointWriter:
         """
         self._staging.copy(split_accumulators(state))
 
-    def save(self, state: State, facts: Facts, wait: bool = True, prune: bool = True) -> None:
+    def save(self, state: State, facts: Facts, wait: bool = True, prune: bool = True, rows: int | None = None) -> None:
         """Write a checkpoint. One save is under way at a time: an earlier one is waited for first.
 
         With `async_save` and not `wait`, returns when the state has been copied; what goes wrong afterwards is raised
-        by the next `poll`, `finish` or `save`. `prune=False` deletes no older checkpoint this time.
+        by the next `poll`, `finish` or `save`. `prune=False` deletes no older checkpoint this time. `rows`: the
+        accumulators are stacked (see `collected`), one row for each of so many ranks.
 
         Raises:
             SaveError: nothing was published, nothing older was touched.
@@ -126,13 +127,13 @@ class CheckpointWriter:
         self.finish()
         parts, refer = self._plan(state)
         if not self.async_save or wait:
-            self._save(parts, refer, facts, prune)
+            self._save(parts, refer, facts, prune, rows)
             return
         self.fence.check()
         copied = self._staging.copy(parts)
         # A daemon: an abort is not held up by a write that nobody will see.
         self._thread = threading.Thread(
-            target=self._save_quietly, args=(copied, refer, facts, prune), name="checkpoint", daemon=True
+            target=self._save_quietly, args=(copied, refer, facts, prune, rows), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -196,13 +197,13 @@ class CheckpointWriter:
             )
         }
 
-    def _save_quietly(self, parts: State, refer: dict[str, ShardSet], facts: Facts, prune: bool) -> None:
+    def _save_quietly(self, *arguments: Any) -> None:
         try:
-            self._save(parts, refer, facts, prune)
+            self._save(*arguments)
         except BaseException as error:  # it is raised in the training thread
             self._error = error
 
-    def _save(self, parts: State, refer: dict[str, ShardSet], facts: Facts, prune: bool) -> None:
+    def _save(self, parts: State, refer: dict[str, ShardSet], facts: Facts, prune: bool, rows: int | None) -> None:
         work = self.checkpoints / f"{step_name(facts.step)}.tmp-{self.fence.id}"
         with self._errors(facts.step, work):
             with self._together("prepare"):
@@ -216,7 +217,7 @@ class CheckpointWriter:
             with self._together("publish"):
                 if self.rank == 0:
                     written = {name: counter(tensors, UPDATES) for name, tensors in parts.items()}
-                    manifest = write_manifest(work, facts, self.fence.id, written, refer)
+                    manifest = write_manifest(work, facts, self.fence.id, written, refer, rows)
                     with self.fence.held():
                         self._publish(work, self.checkpoints / step_name(facts.step))
                     self._base = manifest
@@ -281,11 +282,17 @@ class CheckpointWriter:
 
 
 def write_manifest(
-    work: Path, facts: Facts, incarnation: str, written: Mapping[str, int | None], refer: Mapping[str, ShardSet]
+    work: Path,
+    facts: Facts,
+    incarnation: str,
+    written: Mapping[str, int | None],
+    refer: Mapping[str, ShardSet],
+    rows: int | None = None,
 ) -> Manifest:
     """Complete the folder of a checkpoint whose sets have been written: the trainer's state, then the manifest.
 
     written: the sets in the folder, each with the updates of its level. refer: those that lie in other checkpoints.
+    rows: of stacked accumulators.
     """
     write_synced(work / TRAINER, json.dumps(facts.trainer))
     name = step_name(facts.step)
@@ -299,7 +306,12 @@ def write_manifest(
         data=facts.data,
         losses=facts.losses,
         sets={
-            **{part: ShardSet(f"{name}/{part}", record_files(work / part), count) for part, count in written.items()},
+            **{
+                part: ShardSet(
+                    f"{name}/{part}", record_files(work / part), count, rows if is_accumulator_set(part) else None
+                )
+                for part, count in written.items()
+            },
             **refer,
         },
         files={TRAINER: record_file(work / TRAINER)},

@@ -46,6 +46,10 @@ class OptimizerConfig(Section):
     fused: bool = False
     """Use torch's fused kernel."""
 
+    rest_from_period: int | None = Field(None, ge=2)
+    """Moments of levels with this period or a longer one are in host memory (page-locked) between their updates, and
+    on the device only while they are stepped. For GPUs; changes no result and no checkpoint. null: of none."""
+
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning-rate schedule."""
 
@@ -171,6 +175,11 @@ class CheckpointConfig(Section):
     levels: Literal["own", "all"] = "own"
     """`own`: a CMS level that has taken no update since it was last written is referred to, not written again; `all`:
     every save writes every level, so that no two checkpoints share a file."""
+
+    stacked_gib: float = Field(32.0, ge=0.0)
+    """With data parallelism, in saves off the schedule (a signal, the last one): what slow levels have collected is
+    written for every rank apart, so that the same layout goes on as if nothing had been, up to this many GiB; beyond
+    it the sum over the ranks is written."""
 
 
 class LogConfig(Section):

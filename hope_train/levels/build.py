@@ -18,5 +18,10 @@ def build_optimizer(
 ) -> LevelOptimizer:
     """The configured rule under the configured levels; `named_parameters` is `model.named_parameters()`."""
     return LevelOptimizer(
-        named_parameters, LevelPlan.from_config(run), make_rule(run.optimizer), run.train.clip_norm, ranks
+        named_parameters,
+        LevelPlan.from_config(run),
+        make_rule(run.optimizer),
+        run.train.clip_norm,
+        ranks,
+        run.optimizer.rest_from_period,
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from hope_train.levels import named_state
 from hope_train.levels.ranks import Ranks
 from hope_train.levels.report import ClipReport, SetReport, StepReport
+from hope_train.levels.resting import Resting
 from hope_train.levels.schedule import CORE, LevelPlan, SetPlan, canonical_name, level_of, set_name
 from hope_train.optim.decay import is_decayed
 from hope_train.optim.rule import UpdateRule
@@ -59,14 +60,17 @@ class LevelOptimizer(torch.optim.Optimizer):
         rule: UpdateRule,
         clip_norm: float | None = 1.0,
         ranks: Ranks | None = None,
+        rest_from_period: int | None = None,
     ) -> None:
         """Parameters that do not require a gradient are left out; names are those of the unsharded model.
 
-        clip_norm: largest L2 norm of each group of equal period; None: no clipping.
+        clip_norm: largest L2 norm of each group of equal period; None: no clipping. rest_from_period: what the rule
+        keeps of sets with this period or a longer one is in host memory between their updates; None: of none.
 
         Raises ValueError when the levels in the names are not the levels of the plan, or nothing is trainable.
         """
         self.plan, self.rule, self.clip_norm, self.ranks = plan, rule, clip_norm, ranks or Ranks()
+        self.rest_from_period = rest_from_period
         named = [(canonical_name(name), parameter) for name, parameter in named_parameters]
         found = {CORE} | {set_name(level_of(name)) for name, _ in named}
         planned = {part.name for part in plan.sets}
@@ -101,6 +105,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         """Make the rule's state and groups ours: one state dict holds both, and neither can get out of step."""
         self.state, self.param_groups = self.optimizer.state, self.optimizer.param_groups
         self.defaults = self.optimizer.defaults
+        self._resting = Resting(self.state, (ACCUMULATOR, ANCHOR))
         members = [
             (place, _Member(name, parameter, group))
             for group in self.param_groups
@@ -218,7 +223,11 @@ class LevelOptimizer(torch.optim.Optimizer):
                 part = self._plan_of(group["set"])
                 group["lr"] = self.plan.lr(part, group["updates"] + 1)
             before = self._weights(due) if measure else None
-            self.optimizer.step()
+            self._resting.step(
+                self.optimizer,
+                awake=[member.parameter for member in stepping if not self._rests(member)],
+                resting=[member.parameter for member in stepping if self._rests(member)],
+            )
         finally:
             # The caller's gradients come back: an accumulator left in `.grad` would be added to by the next backward.
             for member, grad in zip(self._slow, own_grads, strict=True):
@@ -230,6 +239,9 @@ class LevelOptimizer(torch.optim.Optimizer):
             if group["set"] in due:
                 group["tokens"] = 0
         return clips, self._ratios(due, before) if before is not None else {}
+
+    def _rests(self, member: _Member) -> bool:
+        return self.rest_from_period is not None and member.group["period"] >= self.rest_from_period
 
     def _close_period(self, name: str) -> None:
         """Turn a slow set's accumulators into means and hand them to the rule as gradients."""
@@ -251,6 +263,10 @@ class LevelOptimizer(torch.optim.Optimizer):
         """After `fold`, or after loading a checkpoint: leave the sums to one of the ranks that collect."""
         for _, accumulators in self._unfinished():
             self.ranks.keep_one_sum(accumulators)
+
+    def unfinished_sets(self) -> tuple[str, ...]:
+        """The slow sets that have collected something of a period."""
+        return tuple(name for name, _ in self._unfinished())
 
     def _unfinished(self) -> Iterator[tuple[str, list[Tensor]]]:
         for name, members in self._sets.items():
@@ -356,6 +372,8 @@ class LevelOptimizer(torch.optim.Optimizer):
             parameter, group, state = member.parameter, member.group, self.state[member.parameter]
             if not state:
                 state.update(self.rule.initial_state(parameter, group))
+                if self._rests(member):
+                    self._resting.settle(parameter)
             if group["period"] > 1 and ACCUMULATOR not in state:
                 wide = torch.promote_types(parameter.dtype, torch.float32)
                 like = self.ranks.collects(parameter)
@@ -379,6 +397,8 @@ class LevelOptimizer(torch.optim.Optimizer):
             # torch casts floating state to the parameter's type, which rounds an fp32 accumulator of bf16 weights.
             if ACCUMULATOR in entries:
                 self.state[parameter][ACCUMULATOR] = entries[ACCUMULATOR].to(parameter.device, copy=True)
+        for member in filter(self._rests, self._members):
+            self._resting.settle(member.parameter)
 
     def named_state(self) -> dict[str, dict[str, Tensor]]:
         """The whole state by shard set (`core`, `level_<l>`) and name, for a checkpoint.

@@ -16,6 +16,11 @@ from hope_train.config.train import ScheduleConfig
 from hope_train.config.tree import RunConfig
 
 CORE = "core"
+
+REST_AT_A_TIME = 256 * 2**20
+"""Bytes of moments that are on the device at once while sets that rest in host memory are stepped (one parameter's at
+least); see `resting`."""
+
 _LEVEL = re.compile(r"(?:^|\.)cms\.levels\.(\d+)\.")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
 

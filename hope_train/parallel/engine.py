@@ -26,6 +26,7 @@ from hope_train.parallel.data import DataParallel
 from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.micro import micro_batches
 from hope_train.parallel.ranks import MeshRanks
+from hope_train.parallel.rows import Rows
 from hope_train.parallel.tensor import TensorParallel
 
 State = dict[str, dict[str, Tensor]]
@@ -130,6 +131,10 @@ class Engine:
         if self.tensor is None:
             return state
         return {name: self.tensor.wrap(tensors) for name, tensors in state.items()}
+
+    def rows(self) -> Rows:
+        """How accumulators that ranks hold each for itself lie in a checkpoint."""
+        return Rows(self.mesh, self.tensor)
 
 
 class DataShares(Shares):

@@ -14,7 +14,7 @@ from hope_train.config.mesh import MeshSizes
 from hope_train.config.model import ModelConfig
 from hope_train.config.parallel import ParallelConfig
 from hope_train.config.tree import RunConfig
-from hope_train.levels.schedule import LevelPlan, level_of
+from hope_train.levels.schedule import REST_AT_A_TIME, LevelPlan, level_of
 from hope_train.plan.devices import GIB, Device
 from hope_train.plan.parameters import memory_state_shapes
 from hope_train.plan.pipeline import heads_in_flight, layers_in_flight, micro_batches
@@ -33,11 +33,13 @@ CONTEXT_BYTES = int(1.0 * GIB)
 
 @dataclass(frozen=True)
 class Item:
-    """One term of the sum. `transient` terms exist in a part of the step only; the largest of them counts."""
+    """One term of the sum. `transient` terms exist in a part of the step only; the largest of them counts. What is
+    `on_host` lies in main memory and does not count."""
 
     name: str
     bytes: int
     transient: bool = False
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,13 @@ class Footprint:
     @property
     def peak(self) -> int:
         """All lasting terms and the largest transient one, in bytes."""
-        lasting = sum(item.bytes for item in self.items if not item.transient)
+        lasting = sum(item.bytes for item in self.items if not item.transient and not item.on_host)
         return lasting + max((item.bytes for item in self.items if item.transient), default=0)
+
+    @property
+    def on_host(self) -> int:
+        """Bytes in main memory instead."""
+        return sum(item.bytes for item in self.items if item.on_host)
 
     def fits(self, device: Device) -> bool:
         """Whether the peak stays within what the device can give."""
@@ -77,7 +84,7 @@ def training_footprint(
         config, mesh = config.model_copy(update={"parallel": ParallelConfig()}), MeshSizes()
         share = rank_shares(config, mesh)[0]
     model, train = config.model, config.train
-    items = [*_static_items(config, mesh, share), *_gathered_items(config, mesh, share)]
+    items = [*_static_items(config, mesh, share, on_accelerator), *_gathered_items(config, mesh, share)]
     flight, heads = layers_in_flight(config, mesh, share), heads_in_flight(config, mesh)
     low = 2 if train.precision == "bf16" else FP32
     if low != FP32:
@@ -136,7 +143,7 @@ def memory_state_bytes(config: RunConfig, mesh: MeshSizes, share: RankShare) -> 
     return FP32 * share.layers * config.train.micro_batch_size * weights // mesh.tp
 
 
-def _static_items(config: RunConfig, mesh: MeshSizes, share: RankShare) -> list[Item]:
+def _static_items(config: RunConfig, mesh: MeshSizes, share: RankShare, on_accelerator: bool) -> list[Item]:
     """What exists between steps: fp32 weights, gradients, moments, accumulators, initial states.
 
     A slow level is reduced only at its boundary, so that its accumulator is whole on every rank, sharded or not.
@@ -149,11 +156,18 @@ def _static_items(config: RunConfig, mesh: MeshSizes, share: RankShare) -> list[
         own.get(part.level, 0) for part in plan.sets if part.level is not None and part.name in anchored_names
     )
     count = sum(own.values())
+    rest = config.optimizer.rest_from_period
+    away = sum(own.get(part.level, 0) for part in plan.sets if rest is not None and part.period >= rest)
     items = [
         Item("parameters (fp32)", FP32 * count),
         Item("gradients (fp32)", FP32 * count),
-        Item("AdamW moments (fp32)", 2 * FP32 * count),
+        Item("AdamW moments (fp32)", 2 * FP32 * (count - (away if on_accelerator else 0))),
     ]
+    if away:
+        some = min(2 * FP32 * away, REST_AT_A_TIME)
+        items.append(Item("moments that rest in host memory, while they are stepped", some, transient=True))
+        if on_accelerator:
+            items.append(Item(f"AdamW moments of periods from {rest} on (fp32)", 2 * FP32 * away, on_host=True))
     if slow:
         items.append(Item("accumulators of slow levels (fp32)", FP32 * slow))
     if anchored:

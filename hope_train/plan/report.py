@@ -108,7 +108,7 @@ def _memory(plan: Plan) -> Table:
     rank = f"pipeline rank {plan.fullest.share.rank}, the fullest" if plan.mesh.pp > 1 else "one device"
     table = _table(f"memory of {rank}, {batch}, {train.precision}", "held", "GiB")
     for item in plan.footprint.items:
-        if not item.transient:
+        if not item.transient and not item.on_host:
             table.add_row(item.name, _gib(item.bytes))
     table.add_section()
     for item in plan.footprint.items:
@@ -116,6 +116,9 @@ def _memory(plan: Plan) -> Table:
             table.add_row(f"largest of: {item.name}", _gib(item.bytes))
     table.add_section()
     table.add_row("peak", _gib(plan.footprint.peak))
+    for item in plan.footprint.items:
+        if item.on_host:
+            table.add_row(f"(in host memory instead: {item.name})", _gib(item.bytes))
     what = "recurrent state" if plan.config.model.arch == "hope" else "keys and values"
     table.add_row(f"(inference: {what} of one sequence, fp32)", _gib(plan.state_bytes))
     return table

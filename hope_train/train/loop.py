@@ -10,7 +10,14 @@ import numpy as np
 from hope_train.levels.report import StepReport
 from hope_train.train.evaluation import evaluate, evaluation_is_due, is_evaluated
 from hope_train.train.metrics import Row, peak_memory_bytes
-from hope_train.train.saving import check_background_save, check_ownership, finish_background_save, save, write_line
+from hope_train.train.saving import (
+    check_background_save,
+    check_ownership,
+    finish_background_save,
+    is_overdue,
+    save,
+    write_line,
+)
 from hope_train.train.session import Session
 from hope_train.train.signals import StopRequest
 from hope_train.train.step import optimizer_step
@@ -36,7 +43,7 @@ def train(run: Session, stop: StopRequest) -> Outcome:
     run.display.start(progress.step, run.total_steps)
     run.clock.lap()
     run.model.train()
-    save_is_due = False
+    save_is_due = is_overdue(progress, config.checkpoint.every)
     logged = progress.tokens
     if progress.step > 0 and run.writer.last_step is None:
         save(run)  # gone on from a checkpoint of elsewhere: from here on this directory is enough
@@ -84,11 +91,12 @@ def train(run: Session, stop: StopRequest) -> Outcome:
         # Weights that only give NaN must not drive out the last good checkpoint: the save waits for a good step.
         if save_is_due and report.applied and progress.step < run.total_steps:
             save_is_due = False
-            save(run)
+            save(run, scheduled=True)
         if evaluation_is_due(run) and progress.step < run.total_steps:
             evaluate(run, stop, "validation")
 
-    save(run, last=True)
+    # A longer run saves here too, if the schedule says so.
+    save(run, last=True, scheduled=save_is_due and not progress.refused)
     if progress.refused:  # the weights are those of the last good step, and what came after it may be the model's end
         few = "the last step was" if progress.refused == 1 else f"the last {progress.refused} steps were"
         return Outcome("nan", f"{few} not finite: batches {progress.step - progress.refused} to {progress.step - 1}")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from hope_train.checkpoint.collected import stacked_bytes
 from hope_train.checkpoint.spread import run_state
 from hope_train.checkpoint.writer import Facts, SaveError
 from hope_train.train import randomness
 from hope_train.train.metrics import JsonLines, Row
-from hope_train.train.session import Session, data_identity
+from hope_train.train.session import Progress, Session, data_identity
 
 
-def save(run: Session, last: bool = False) -> None:
+def save(run: Session, last: bool = False, scheduled: bool = False) -> None:
     """Save now, unless this very step has been saved. In mid-run a failure is a warning, until patience ends.
+
+    scheduled: every run saves at this step, so that what ranks have collected may be folded: all go on from the same
+    sums. Otherwise it is stacked if `checkpoint.stacked_gib` allows, and this run goes on as if it had not saved.
 
     Raises:
         SaveError: with `last`, or where `checkpoint.patience` saves in a row have failed; older checkpoints are whole.
@@ -24,19 +28,39 @@ def save(run: Session, last: bool = False) -> None:
             return
         for file in (run.metrics, run.evaluations):
             sync(run, file)
-        run.optimizer.fold()
+        rows = None if scheduled else rows_to_stack(run)
+        if rows is None:
+            run.optimizer.fold()
         # Nobody knows of a failure in the background at the same step on all ranks: the try that decides is waited for.
         decisive = last or run.writer.failures + 1 >= run.config.checkpoint.patience
-        state = run_state(run.engine)
+        state = run_state(run.engine, stack=rows is not None)
         try:
             # During a row of refused steps the older checkpoints may be the better ones: none is deleted then.
-            run.writer.save(state, facts(run), wait=decisive, prune=run.progress.refused == 0)
+            run.writer.save(state, facts(run), wait=decisive, prune=run.progress.refused == 0, rows=rows)
         except SaveError as error:
             if decisive:
                 raise
             warn(run, error)
         finally:
-            run.optimizer.unfold()
+            if rows is None:
+                run.optimizer.unfold()
+
+
+def rows_to_stack(run: Session) -> int | None:
+    """How many ranks' accumulators to stack in an unscheduled save; None: sum them, or there is nothing to sum.
+
+    Every rank comes to the same answer.
+    """
+    ranks, sets = run.engine.mesh.sizes.dp, run.optimizer.unfinished_sets()
+    if ranks == 1 or not sets:
+        return None
+    limit = run.config.checkpoint.stacked_gib * 2**30
+    return ranks if stacked_bytes(sets, run.config.model, ranks) <= limit else None
+
+
+def is_overdue(progress: Progress, every: int) -> bool:
+    """Whether a scheduled save waits for a step that is applied: one fell into the refused steps up to now."""
+    return every > 0 and progress.step // every > (progress.step - progress.refused) // every
 
 
 def check_background_save(run: Session) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from data_pipelines.batches import DataBundle, open_data, open_tokenizer
+from hope_train.checkpoint.collected import Apart
 from hope_train.checkpoint.fence import FencedError, refuse_if_in_use
 from hope_train.checkpoint.manifest import CHECKPOINTS, Manifest, list_checkpoints
-from hope_train.checkpoint.spread import run_state
+from hope_train.checkpoint.spread import live_state, run_state
 from hope_train.checkpoint.store import find_checkpoint, load_state, newest_whole, read_trainer
-from hope_train.checkpoint.tensors import by_set, with_optimizer
 from hope_train.checkpoint.writer import CheckpointWriter
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
@@ -325,15 +325,16 @@ def load_progress(folder: Path, manifest: Manifest, engine: Engine) -> Progress:
     Raises UserError for another model.
     """
     optimizer = engine.optimizer
-    state = with_optimizer(by_set(engine.weights()), optimizer)
-    load_state(folder, manifest, engine.wrap(state), engine.mesh.team.group)
+    state = live_state(engine)
+    load_state(folder, manifest, engine.wrap(state), engine.mesh.team.group, Apart(state, engine.rows()))
     optimizer.load_named_state(
         {
             name: {key: tensor for key, tensor in part.items() if key.startswith("optimizer.")}
             for name, part in state.items()
         }
     )
-    optimizer.unfold()
+    if manifest.stacked is None:
+        optimizer.unfold()
     engine.loaded()
     trainer = read_trainer(folder)
     randomness.restore(trainer["random"])

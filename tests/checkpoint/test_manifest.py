@@ -94,11 +94,11 @@ def test_a_manifest_that_leads_elsewhere_is_refused(folder: Path) -> None:
 
 def test_a_newer_format_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = read_manifest(folder)
-    monkeypatch.setattr("hope_train.checkpoint.manifest.FORMAT", 3)
+    monkeypatch.setattr("hope_train.checkpoint.manifest.FORMAT", 4)
     text = manifest.to_json()
     monkeypatch.undo()
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match="has format 3") as caught:
+    with pytest.raises(UserError, match="has format 4") as caught:
         verify(folder)
     assert not isinstance(caught.value, DamagedCheckpointError)
 
@@ -108,7 +108,7 @@ def test_text_survives_the_manifest(folder: Path) -> None:
     odd = Manifest(**{**vars(manifest), "config": {"name": "été \u2028 数字", "tiny": 1e-300, "many": (1, 2)}})
     (folder / MANIFEST).write_text(odd.to_json(), encoding="utf-8")
     assert read_manifest(folder).config == {"name": "été \u2028 数字", "tiny": 1e-300, "many": [1, 2]}
-    assert json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["format"] == 2
+    assert json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["format"] == 3
 
 
 def test_nothing_depends_on_where_it_lies_or_what_it_is_called(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from data_pipelines.batches import Batch
 from hope_train.checkpoint.fence import Fence
-from hope_train.checkpoint.spread import run_state
+from hope_train.checkpoint.spread import live_state, run_state
 from hope_train.checkpoint.store import newest_whole
 from hope_train.checkpoint.writer import CheckpointWriter, Facts
 from hope_train.config.load import validate
@@ -204,8 +204,8 @@ def decode(arch: str, **options: Any) -> list[torch.Tensor]:
     return found
 
 
-def save(folder: str, arch: str, steps: int, **options: Any) -> dict[str, torch.Tensor]:
-    """Train some steps and write a checkpoint; what it should hold."""
+def save(folder: str, arch: str, steps: int, stack: bool = False, **options: Any) -> dict[str, torch.Tensor]:
+    """Train some steps and write a checkpoint; what it should hold. `stack`: each rank's accumulators apart."""
     config = make_config(arch, **options)
     engine = open_engine(config, "float32")
     source: Any = RandomBatches(config)
@@ -213,7 +213,6 @@ def save(folder: str, arch: str, steps: int, **options: Any) -> dict[str, torch.
         optimizer_step(engine, source, config.train, index, measure=False)
     fence = engine.mesh.team.on_first(lambda: Fence.take(Path(folder)))
     writer = CheckpointWriter(fence, keep_last=9)
-    engine.optimizer.fold()
     facts = Facts(
         step=steps,
         tokens=0,
@@ -222,19 +221,32 @@ def save(folder: str, arch: str, steps: int, **options: Any) -> dict[str, torch.
         data={},
         trainer={"random": randomness.capture(), "refused": 0},
     )
-    writer.save(run_state(engine), facts)
-    expected = whole_state(engine)
+    own = {"own": own_accumulators(engine)} if stack else {}
+    if stack:
+        writer.save(run_state(engine, stack=True), facts, rows=engine.mesh.sizes.dp)
+    engine.optimizer.fold()
+    if not stack:
+        writer.save(run_state(engine), facts)
+    expected = whole_state(engine) | own
     if engine.mesh.team.leads:
         fence.release()
     return expected
 
 
+def own_accumulators(engine: Engine) -> torch.Tensor:
+    """What this rank itself has collected, as one vector."""
+    state = live_state(engine)
+    found = [t for part in state.values() for key, t in part.items() if key.startswith("optimizer.accumulator.")]
+    return torch.cat([torch.zeros(0), *(tensor.reshape(-1) for tensor in found)])
+
+
 def load(folder: str, arch: str, **options: Any) -> dict[str, torch.Tensor]:
-    """What an engine holds that has read the newest checkpoint."""
+    """What an engine holds that has read the newest checkpoint; `own`: its accumulators before they are summed."""
     config = make_config(arch, **options)
     engine = open_engine(config, "float32")
     found = newest_whole(Path(folder), print)
     assert found is not None
     load_progress(*found, engine)
+    own = own_accumulators(engine)
     engine.optimizer.fold()
-    return whole_state(engine)
+    return whole_state(engine) | {"own": own}

@@ -35,6 +35,7 @@ def plan_of(name, devices, *overrides):
         (2, ["parallel.pp=2", "parallel.schedule=interleaved_1f1b"]),
         (2, ["parallel.pp=2", "model.tie_embeddings=false"]),
         (64, ["parallel.dp_shard=64"]),
+        (2, ["parallel.tp=2", "optimizer.rest_from_period=4"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
 )

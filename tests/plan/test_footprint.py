@@ -55,6 +55,29 @@ def test_optimizer_state_is_exact(variant):
     assert named(config, "parameters") == sum(p.nbytes for p in model.parameters())
 
 
+def test_moments_that_rest_are_not_on_the_device():
+    levels = [{"width": 16, "period": 1}, {"width": 24, "period": 2}, {"width": 8, "period": 4}]
+    config = run_config(arch="hope", cms={"levels": levels})
+    resting = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"rest_from_period": 2})})
+    model = build_model(config.model)
+    optimizer = build_optimizer(model.named_parameters(), resting)
+    optimizer.materialize_state()
+    slow = [p for name, p in model.named_parameters() if ".levels.1." in name or ".levels.2." in name]
+    away = sum(optimizer.state[p][key].nbytes for p in slow for key in ("exp_avg", "exp_avg_sq"))
+    without, found = training_footprint(config), training_footprint(resting)
+    assert found.on_host == away
+    assert without.on_host == 0
+    assert named(config, "AdamW moments") == named(resting, "AdamW moments"), "none are lost"
+    assert named(resting, "moments that rest") == away, "less than what is on the device at once"
+    lasting = [
+        sum(item.bytes for item in each.items if not item.transient and not item.on_host) for each in (without, found)
+    ]
+    assert lasting[0] - lasting[1] == away
+    on_cpu = training_footprint(resting, on_accelerator=False)
+    assert on_cpu.on_host == 0
+    assert on_cpu.peak >= training_footprint(config, on_accelerator=False).peak
+
+
 def measured_activations(config):
     """Bytes of distinct storages that autograd keeps, parameters and casts of them left out, per layer."""
 
