@@ -9,10 +9,10 @@ PYTEST = $(BIN)/python -m pytest tests -n $(WORKERS) --durations=10
 # Passed on to pytest: make test-all PART=1/4 ARGS="-m slow"
 ARGS ?=
 
-.PHONY: help setup demo test test-all check format bench lock clean
+.PHONY: help setup demo test test-all check format bench bench-parallel lock clean
 
 help:  ## this list
-	@awk -F ':.*##  *' '/^[a-z-]+:.*##/ {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*##  *' '/^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv (variables: PYTHON=, TORCH_INDEX= of another torch build); fast when nothing changed
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/setup.sh
@@ -39,6 +39,9 @@ format: setup  ## rewrite the code in the project's format, and docs/configurati
 
 bench: setup  ## speed and memory against the Transformer++ twin, one JSON line per row
 	@$(BIN)/python -m scripts.bench
+
+bench-parallel: setup  ## what parallelism and sharded checkpoints cost, one JSON line per row
+	@$(BIN)/python -m scripts.bench_parallel
 
 lock:  ## write constraints.txt anew from what pyproject.toml allows (rarely)
 	scripts/lock.sh

@@ -185,13 +185,12 @@ def build_spread_model(
     """The model alone, with its initial weights; and its parts, where ranks have only parts of it. Raises UserError."""
     check_sizes(mesh)
     tensor = None
-    tensor_mesh = None if mesh.device_mesh is None or mesh.sizes.tp == 1 else mesh.device_mesh["tp"]
-    if tensor_mesh is None:
+    if mesh.device_mesh is None or mesh.group("tp") is None:
         model = build_model(config.model, config.seed).to(mesh.device, dtype)
     else:
         with torch.device("meta"):
             model = HopeModel(config.model)
-        tensor = TensorParallel(model, tensor_mesh, config.parallel.sequence_parallel)
+        tensor = TensorParallel(model, mesh.device_mesh["tp"], config.parallel.sequence_parallel)
         tensor.fill(config.seed, mesh.device, dtype)
     return model, tensor
 
@@ -207,7 +206,7 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
     """
     check_supported(config, mesh)
     model, tensor = build_spread_model(config, mesh, dtype)
-    if mesh.sizes.world == 1:
+    if mesh.device_mesh is None:
         return Engine(mesh, model, build_optimizer(model.named_parameters(), config))
     replicated = [] if tensor is None else tensor.replicated()
     data = None

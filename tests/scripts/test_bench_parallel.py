@@ -1,0 +1,71 @@
+"""The parallel bench: its two sides train alike, its rows have what its bars are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import bench_parallel
+from scripts.bench_parallel import LAYOUTS, bars, mesh_of_one, overhead, process_group, spread
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose step takes no time."""
+    plain = bench_parallel.run_config
+
+    def config(parallel: dict[str, Any]) -> Any:
+        model = {"arch": "hope", "d_model": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 4096}
+        levels = [{"width": 8, "period": period} for period in (1, 2)]
+        found = plain(parallel)
+        kind = type(found.model)
+        return found.model_copy(update={"model": kind.model_validate({**model, "cms": {"levels": levels}})})
+
+    monkeypatch.setattr(bench_parallel, "run_config", config)
+
+
+def test_everything_is_engaged_on_a_mesh_of_one(small: None) -> None:
+    from hope_train.parallel.engine import build_engine
+    from hope_train.parallel.ranks import MeshRanks
+
+    with process_group(0, 1):
+        engine = build_engine(bench_parallel.run_config({}), mesh_of_one())
+    assert engine.tensor is not None
+    assert engine.tensor.ranks == 1
+    assert engine.data is not None
+    assert engine.data.sizes.keys() == {"core", "level_0", "level_1"}
+    assert isinstance(engine.optimizer.ranks, MeshRanks)
+
+
+def test_both_sides_train_alike(small: None) -> None:
+    row = overhead(2)  # raises if their losses differ
+    assert row["plain_s"] > 0
+    assert row["engaged_s"] > 0
+    assert row["share"] > -1
+
+
+def test_a_sharded_checkpoint_against_copies(tmp_path: Path) -> None:
+    row = spread(2, {"row": "sharded save and load", "gib": 0.002, "dir": str(tmp_path), "repeats": 1})
+    assert "error" not in row
+    assert row["mib"] == pytest.approx(2, rel=0.1)
+    assert row["save_share_of_copy"] == pytest.approx(row["save_mib_per_s"] / row["copy_mib_per_s"], rel=0.05)
+    assert not list(tmp_path.glob("copy_*"))
+
+
+def test_bars() -> None:
+    rows = [
+        {"row": "overhead", "share": 0.031},
+        {"row": "communication", "share": 0.5},
+        {"row": "background save", "error": "x"},
+    ]
+    assert bars(rows) == [{"bar": "overhead", "value": 0.031, "wanted": "<= 0.03", "met": False}]
+
+
+def test_layouts_are_configurations() -> None:
+    for ranks, parallel in LAYOUTS.values():
+        config = bench_parallel.run_config(parallel)
+        assert ranks % (config.parallel.tp * config.parallel.pp * config.parallel.dp_shard) == 0
