@@ -16,7 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from hope_train import __version__
+from hope_train.config.arguments import check_overrides
 from hope_train.errors import UserError
+from launch.cli import app as launch_app
 
 app = typer.Typer(
     name="hope",
@@ -32,6 +34,7 @@ tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
 checkpoint_app = typer.Typer(help="List, verify, prune, export and compare checkpoints.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(launch_app, name="launch")
 data_app.add_typer(tokenizer_app, name="tokenizer")
 
 # Third-party packages that only some commands need, and the extra that brings each.
@@ -94,7 +97,7 @@ def train(
     as_json: Json = False,
 ) -> int:
     """Train, or go on training after a stop."""
-    chosen = _overrides(overrides, config)
+    chosen = check_overrides(overrides, config)
     from hope_train.train.run import train_command
 
     return train_command(config, chosen, resume, force_config, as_json)
@@ -126,7 +129,7 @@ def evaluate(
     protocols = protocol or []
     for name in protocols:
         _one_of("--protocol", name, ("word", "token", "classic"))
-    chosen = _overrides(overrides, run)
+    chosen = check_overrides(overrides, run)
     from hope_train.evaluate.commands import eval_command
 
     return eval_command(
@@ -177,7 +180,7 @@ def plan(
     as_json: Json = False,
 ) -> int:
     """Parameters, memory, traffic, speed and days of a run before it starts; needs no GPU."""
-    chosen = _overrides(overrides, config)
+    chosen = check_overrides(overrides, config)
     from hope_train.plan.report import plan_command
 
     return plan_command(config, chosen, device, devices, as_json, interconnect=interconnect, with_dry_run=dry_run)
@@ -213,7 +216,7 @@ def config(
         return docs_command([text for text in (config, *(overrides or [])) if text is not None], as_json)
     if config is None:
         raise UserError("name a configuration file, or say --docs for the documentation of every field")
-    return show_command(config, _overrides(overrides, config), as_json)
+    return show_command(config, check_overrides(overrides, config), as_json)
 
 
 @tokenizer_app.command("train")
@@ -255,7 +258,7 @@ def data_inspect(
     as_json: Json = False,
 ) -> int:
     """Show the text of a batch as the model sees it."""
-    chosen = _overrides(overrides, config)
+    chosen = check_overrides(overrides, config)
     from data_pipelines.commands import inspect_command
 
     inspect_command(config, chosen, batch, rows, as_json)
@@ -265,7 +268,7 @@ def data_inspect(
 @data_app.command("stats")
 def data_stats(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> int:
     """Count documents, bytes and tokens of a corpus."""
-    chosen = _overrides(overrides, config)
+    chosen = check_overrides(overrides, config)
     from data_pipelines.commands import stats_command
 
     stats_command(config, chosen, as_json)
@@ -342,18 +345,6 @@ def checkpoint_diff(
     from hope_train.checkpoint.commands import diff_command
 
     return diff_command(one, other, weights, as_json)
-
-
-def _overrides(texts: Sequence[str] | None, first: str) -> list[str]:
-    """The overrides, after a look at the mistakes people make on the command line. Raises UserError."""
-    if "=" in first and not os.path.exists(first):
-        raise UserError(f"{first!r} stands where a file or folder belongs: name that first, then the overrides")
-    for text in texts or []:
-        if text.startswith("-"):
-            raise UserError(f"{text!r} is not an override: write key=value without dashes, and options before `--`")
-        if "=" not in text:
-            raise UserError(f"{text!r} is not an override: write key=value, for example train.tokens=1e6")
-    return list(texts or [])
 
 
 def _one_of(option: str, value: str, allowed: Sequence[str]) -> None:

@@ -3,6 +3,9 @@
 Every start of a run takes the directory over by writing a new id into `incarnation.json`. A writer asks for its own id
 before it publishes or deletes anything; a process that was taken for dead and is not (a partitioned node, a forgotten
 terminal) thereby stops instead of mixing its files with its successor's.
+
+A launcher claims the directory first (`claim`), in the name of one start of a job: from that moment on no process of an
+earlier start may write, nor take the directory over, even one that was only about to.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ from typing import Any
 from hope_train.errors import UserError
 
 INCARNATION = "incarnation.json"
+CLAIM = "HOPE_CLAIM"
+"""Environment: the start of a job (`<job>.<restart>`) that this process belongs to."""
+
+CLAIMED = "claim"
 _LOCK = "incarnation.lock"
 
 
@@ -38,12 +45,23 @@ class Fence:
 
     @classmethod
     def take(cls, run_dir: Path) -> Fence:
-        """Make this process the current incarnation. Raises UserError while another process here is training in it."""
-        fence = cls(run_dir, f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}")
-        refuse_if_in_use(run_dir)
+        """Make this process the current incarnation.
+
+        Raises UserError while another process here is training in it, and FencedError where this process belongs to a
+        start of a job (`CLAIM`) that is not the one which claimed the directory last.
+        """
+        start = os.environ.get(CLAIM)
+        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+        fence = cls(run_dir, name if start is None else f"{name}-{start}")
         entry = {"id": fence.id, "host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
         with fence._locked():
-            write_atomically(run_dir / INCARNATION, json.dumps(entry) + "\n")
+            refuse_if_in_use(run_dir)
+            claimed = (_read(run_dir) or {}).get(CLAIMED)
+            if start is not None and claimed != start:
+                raise FencedError(f"{run_dir} was claimed by start {claimed} of its job: this one, {start}, is over")
+            write_atomically(
+                run_dir / INCARNATION, json.dumps(entry | ({} if start is None else {CLAIMED: start})) + "\n"
+            )
         return fence
 
     def check(self) -> None:
@@ -52,13 +70,16 @@ class Fence:
         if current is None:
             raise FencedError(f"{self.run_dir / INCARNATION} is gone: this process no longer owns the run, and stops")
         if current.get("id") != self.id:
-            who = f"{current.get('id')} (process {current.get('pid')} on {current.get('host')})"
+            who = str(current.get("id"))
+            if "pid" in current:
+                who += f" (process {current['pid']} on {current.get('host')})"
             raise FencedError(f"{self.run_dir} was taken over by {who}: this process writes nothing more, and stops")
 
     def release(self) -> None:
         """This process is done with the directory: the next start need not wait for it to end."""
         with contextlib.suppress(OSError, FencedError), self.held():
-            write_atomically(self.run_dir / INCARNATION, json.dumps({"id": self.id}) + "\n")
+            claimed = {key: value for key, value in (_read(self.run_dir) or {}).items() if key == CLAIMED}
+            write_atomically(self.run_dir / INCARNATION, json.dumps({"id": self.id, **claimed}) + "\n")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -69,6 +90,29 @@ class Fence:
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
         return _lock(self.run_dir)
+
+
+def claim(run_dir: Path, start: str) -> None:
+    """Give the directory to a start of a job: writers of before are fenced off at once, and only processes with this
+    start in their environment may take it over from here on (or one that a person starts by hand, which has none).
+
+    Raises UserError while a process that no earlier start of the same job brought about trains in it on this machine.
+    """
+    with _lock(run_dir):
+        before = (_read(run_dir) or {}).get(CLAIMED)
+        if before is None or _job(str(before)) != _job(start):
+            refuse_if_in_use(run_dir)
+        write_atomically(run_dir / INCARNATION, json.dumps({"id": f"start {start}", CLAIMED: start}) + "\n")
+
+
+def claimed_by(run_dir: Path) -> str | None:
+    """The start that claimed the directory last, if a launcher ever did and nobody took it by hand since."""
+    start = (_read(run_dir) or {}).get(CLAIMED)
+    return None if start is None else str(start)
+
+
+def _job(start: str) -> str:
+    return start.rpartition(".")[0]
 
 
 @contextlib.contextmanager

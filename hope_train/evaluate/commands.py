@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +59,10 @@ def eval_command(
             first raises it, and the others return 2.
     """
     from hope_train.parallel.mesh import process_rank, world_size
+    from hope_train.parallel.slurm import adopt_step
     from hope_train.parallel.team import SharedError, Team
+
+    adopt_step(os.environ)
 
     def measure() -> int:
         return _eval(run, overrides, wikitext, split, protocols, context_length, stateful, pages, as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from hope_train.train.display import evaluation_line
+from hope_train.train.heartbeat import phase
 from hope_train.train.metrics import Row, rows
 from hope_train.train.saving import write_line
 from hope_train.train.session import Session
@@ -34,7 +35,7 @@ def evaluate(run: Session, stop: StopRequest, split: str) -> bool:
     """
     step, tokens = run.progress.step, run.progress.tokens
     try:
-        with run.clock.paused(), stop.droppable():
+        with run.clock.paused(), stop.droppable(), phase("evaluate", step):
             found = run.evaluator.evaluate(run.model, split, step, tokens)
             if split == "validation":
                 found += validation_rows(run)

@@ -9,6 +9,7 @@ import numpy as np
 
 from hope_train.levels.report import StepReport
 from hope_train.train.evaluation import evaluate, evaluation_is_due, is_evaluated
+from hope_train.train.heartbeat import beat
 from hope_train.train.metrics import Row, peak_memory_bytes
 from hope_train.train.saving import (
     check_background_save,
@@ -51,6 +52,7 @@ def train(run: Session, stop: StopRequest) -> Outcome:
         evaluate(run, stop, "validation")
 
     while progress.step < run.total_steps:
+        beat("step", progress.step)
         run.still_ours()
         if (asked := stop.asked_by_any(run.engine.mesh.team)) is not None:
             save(run, last=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,10 +20,12 @@ from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.evaluate.run_files import pick_device
 from hope_train.parallel.mesh import Mesh, close_mesh, open_mesh, process_rank, world_size
+from hope_train.parallel.slurm import adopt_step
 from hope_train.parallel.team import SharedError, Team
 from hope_train.train import rundir
 from hope_train.train.display import Display
 from hope_train.train.evaluation import FIGURES
+from hope_train.train.heartbeat import beat
 from hope_train.train.loop import Outcome, train
 from hope_train.train.metrics import strict
 from hope_train.train.session import Session, open_session
@@ -49,7 +52,9 @@ def train_command(config: str, overrides: Sequence[str], resume: str, force_conf
         UserError: something is wrong with the input and nothing has been started, or saves fail and the checkpoints
             before them are whole. Of several processes the first raises it, and the others return 2.
     """
+    adopt_step(os.environ)
     team = Team(process_rank(), world_size())
+    beat("opening", 0)
     try:
         settings = team.alike(lambda: load_config(config, overrides))
         team.alike(lambda: resolve_mesh(settings, world_size()))
@@ -70,6 +75,9 @@ def train_on(mesh: Mesh, settings: RunConfig, resume: str, force_config: bool, a
         try:
             with stop.opening():
                 run = mesh.team.alike(lambda: open_session(settings, resume, force_config, display, mesh, stop))
+        except FencedError as error:
+            display.say(f"stopped: {error}")
+            return CRASHED
         except Interrupted:
             summary = stopped_early(settings, str(stop.signal))
             display.say(f"stopped ({summary['detail']}): nothing to save; the same command starts again")
@@ -139,6 +147,7 @@ def execute(run: Session, stop: StopRequest, as_json: bool = False) -> int:
             run.display.say("out of memory: lower train.micro_batch_size, or say train.recompute=true")
         raise
     mark(run, outcome)
+    beat("closing", run.progress.step)
     run.display.stop()
     summary = summarise(run, outcome)
     if as_json and run.leads:

@@ -8,6 +8,7 @@ from hope_train.checkpoint.collected import stacked_bytes
 from hope_train.checkpoint.spread import run_state
 from hope_train.checkpoint.writer import Facts, SaveError
 from hope_train.train import randomness
+from hope_train.train.heartbeat import phase
 from hope_train.train.metrics import JsonLines, Row
 from hope_train.train.session import Progress, Session, data_identity
 
@@ -22,7 +23,7 @@ def save(run: Session, last: bool = False, scheduled: bool = False) -> None:
         SaveError: with `last`, or where `checkpoint.patience` saves in a row have failed; older checkpoints are whole.
         FencedError: another process has taken the run over.
     """
-    with run.clock.paused():
+    with run.clock.paused(), phase("save", run.progress.step):
         finish_background_save(run)
         if run.writer.last_step == run.progress.step:
             return

@@ -1,0 +1,103 @@
+"""`hope launch logs`: what a run prints, node by node and start by start."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hope_train.errors import UserError
+from launch.places import Places, find_run, read_json
+
+POLL_S = 0.5
+
+
+def logs_command(run: str, follow: bool, node: str | None, start: str | None, lines: int) -> int:
+    """Print the end of a log, and with `follow` what is added, going on with the next start. Raises UserError."""
+    places = find_run(run)
+    shown = start or newest_start(places)
+    if shown is None:
+        raise UserError(f"{places.run_dir} has not been started yet: hope launch status says where its job is")
+    file = log_file(places, shown, node)
+    if not follow:
+        if not file.is_file():
+            raise UserError(f"there is no {file}: this start has {', '.join(log_names(places, shown)) or 'no log yet'}")
+        print("\n".join(tail(file, lines)))
+        return 0
+    begun = False
+    while True:
+        for text in tail(file, lines) if not begun else ():
+            print(text, flush=True)
+        for text in follow_file(file, from_end=not begun, until=functools.partial(ended, places, shown)):
+            print(text, end="", flush=True)
+        begun, lines = True, 0
+        following = None if start else newest_start(places)
+        if following == shown:
+            if finished(places, shown):
+                return 0
+            time.sleep(POLL_S)
+            continue
+        if following is None:
+            return 0
+        shown = following
+        print(f"== start {shown}", flush=True)
+        file = log_file(places, shown, node)
+
+
+def newest_start(places: Places) -> str | None:
+    """The start that was noted last."""
+    starts = [str(event["start"]) for event in places.events() if event["event"] == "started"]
+    return starts[-1] if starts else None
+
+
+def log_names(places: Places, start: str) -> list[str]:
+    """The logs of a start."""
+    return sorted(file.name for file in places.start(start).glob("*.log"))
+
+
+def log_file(places: Places, start: str, node: str | None) -> Path:
+    """A node's log; None: rank 0's node, or before that is known srun's own."""
+    folder = places.start(start)
+    if node is None:
+        nodes = [event["nodes"] for event in places.events() if event["event"] == "ranks" and event["start"] == start]
+        local = start.startswith("local-")
+        node = "srun" if local else str(read_json(folder / "ranks" / "0.json").get("node") or (nodes and nodes[-1][0]))
+    return folder / f"{node}.log"
+
+
+def ended(places: Places, start: str) -> bool:
+    """Whether the start has noted its end, or a later one has begun."""
+    return newest_start(places) != start or finished(places, start)
+
+
+def finished(places: Places, start: str) -> bool:
+    """Whether nothing comes after this start."""
+    ends = [e for e in places.events() if e["event"] == "ended" and e.get("start") == start]
+    return bool(ends) and ends[-1]["action"] in ("finish", "leave")
+
+
+def tail(file: Path, lines: int) -> list[str]:
+    """The last lines of a file."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.splitlines()[-lines:] if lines else []
+
+
+def follow_file(file: Path, from_end: bool, until: Callable[[], bool]) -> Iterator[str]:
+    """What is added to a file, until `until()` and its end."""
+    position = file.stat().st_size if from_end and file.is_file() else 0
+    while True:
+        done = until()
+        if file.is_file():
+            with file.open(encoding="utf-8", errors="replace") as stream:
+                stream.seek(position)
+                text = stream.read()
+                position = stream.tell()
+            if text:
+                yield text
+        if done:
+            return
+        time.sleep(POLL_S)

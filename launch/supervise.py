@@ -1,0 +1,302 @@
+"""The process that stays with a start of a run, on the job's first node (or this machine): no torch, no model.
+
+It claims the run directory, checks the nodes, starts the ranks, turns signals into a stop file, notices when nothing
+moves any more, and decides what becomes of the job. What Slurm is asked to do is in `launch/cluster.py`.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from hope_train.checkpoint.fence import claim, claimed_by
+from hope_train.errors import UserError
+from launch.decide import Decision, Evidence, decide, failures_before
+from launch.health import sick_nodes, together_problem
+from launch.layout import Layout, elastic_layout, fixed_layout
+from launch.places import read_json, write_json
+from launch.request import Request, read_request
+from launch.watch import Watch
+
+POLL_S = 0.5
+ASK_EVERY_S = 20.0
+"""Seconds between two questions to Slurm's controller."""
+
+STOP, STOPPED = "STOP", "STOPPED.json"
+
+
+class Backend(Protocol):
+    """Where the ranks run."""
+
+    start: str
+    """`<job>.<restart>`."""
+
+    def nodes(self) -> list[str]:
+        """The nodes of this start."""
+
+    def address(self, node: str) -> str:
+        """Where the others reach it."""
+
+    def port(self, attempt: int) -> int:
+        """A port that no other start uses."""
+
+    def run(
+        self, nodes: Sequence[str], per_node: int, command: Sequence[str], name: str, log: Path
+    ) -> subprocess.Popen[bytes]:
+        """Start `per_node` tasks of a command on each node."""
+
+    def kill(self, step: subprocess.Popen[bytes], name: str) -> None:
+        """End a step and everything in it, at once."""
+
+    def state(self) -> tuple[str, bool]:
+        """(the job's state, whether its nodes are wanted by another job)."""
+
+    def ends(self) -> float | None:
+        """When the job's time is up, in seconds since 1970."""
+
+    def requeue(self, exclude: Sequence[str], delay_s: int) -> None:
+        """Start the job again, elsewhere than on these nodes."""
+
+    def wait_for_slurm(self) -> None:
+        """Until this process is ended from outside."""
+
+
+class Supervisor:
+    """One start of a run."""
+
+    def __init__(self, request: Request, backend: Backend, signals: Path | None = None) -> None:
+        """`signals`: a file in which the job script notes what it was sent."""
+        self.request, self.backend, self.signals = request, backend, signals
+        self.places, self.survive = request.places, request.site.survive
+        self.folder = self.places.start(backend.start)
+        self.asked: str | None = None
+        self.got: set[str] = set()
+        self.ends: float | None = None
+        self.begun = time.time()
+
+    def run(self) -> int:
+        """From the claim to the decision. Returns the exit code of the job. Raises UserError."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda got, _: self.got.add(signal.Signals(got).name.removeprefix("SIG")))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._finished():
+            self._note_end(Decision("finish", "completed already"))
+            return 0
+        claim(self.places.run_dir, self.backend.start)
+        self._forget_own_stop()
+        nodes = self.backend.nodes()
+        self.places.note("started", start=self.backend.start, nodes=nodes, from_step=self.places.newest_step())
+        self.ends = self.backend.ends()
+        sick = self._check_health(nodes)
+        if sick is None:
+            layout = self._layout(len(nodes))
+            evidence = self._train(layout, nodes)
+        else:
+            self.places.note("unhealthy", start=self.backend.start, nodes=sick)
+            print(f"start {self.backend.start}: not healthy: {sick}", flush=True)
+            evidence = self._evidence(unhealthy=tuple(sick))
+        survive = self.survive
+        decision = decide(evidence, survive.max_failures, self.request.chain, survive.disk_full_delay_s)
+        return self._carry_out(decision)
+
+    # Before the ranks
+
+    def _finished(self) -> bool:
+        stopped = read_json(self.places.run_dir / STOPPED)
+        return stopped.get("reason") == "completed" and stopped.get("step", 0) >= self.request.load().train.total_steps
+
+    def _forget_own_stop(self) -> None:
+        """A stop file that an earlier supervisor raised and nobody obeyed is no order to this start; a person's is."""
+        file = self.places.run_dir / STOP
+        with suppress(OSError):
+            if file.read_text(encoding="utf-8").startswith("start "):
+                file.unlink()
+
+    def _check_health(self, nodes: list[str]) -> dict[str, str] | None:
+        """Nodes that must not be used, and why; None where all may be."""
+        rules = self.request.site.health
+        if not rules.enabled:
+            return None
+        cpu = self.request.load().train.device == "cpu"
+        spec = {
+            "rules": rules.model_dump(mode="json"),
+            "gpus": 0 if cpu else self.request.gpus_per_node,
+            "nodes": len(nodes),
+            "address": self.backend.address(nodes[0]),
+            "port": self.backend.port(1),
+        }
+        write_json(self.folder / "health.json", spec)
+        command = [sys.executable, "-m", "launch.health", str(self.folder)]
+        step = self.backend.run(nodes, 1, command, "hope-health", self.folder / "srun.log")
+        deadline = time.monotonic() + rules.timeout_s
+        while step.poll() is None and time.monotonic() < deadline and not self._signals() & {"TERM"}:
+            time.sleep(POLL_S)
+        if step.poll() is None:
+            self.backend.kill(step, "hope-health")
+        sick = sick_nodes(self.folder / "health", nodes)
+        if sick and "TERM" not in self.got:
+            return sick
+        problem = together_problem(self.folder / "health", nodes)
+        return {"all of them together": problem} if problem else None
+
+    def _layout(self, nodes: int) -> Layout:
+        config, ranks = self.request.load(), self.request.ranks_per_node
+        if self.request.elastic:
+            return elastic_layout(config, nodes, ranks)
+        return fixed_layout(config, nodes, ranks)
+
+    # The ranks
+
+    def _train(self, layout: Layout, nodes: list[str]) -> Evidence:
+        used, idle = nodes[: layout.nodes], nodes[layout.nodes :]
+        site, backend = self.request.site, self.backend
+        train = ["train", self.request.config]
+        if self.request.elastic:
+            train.append("parallel.dp_replicate=auto")
+        spec = {
+            "start": backend.start,
+            "nodes": layout.nodes,
+            "ranks_per_node": layout.ranks_per_node,
+            "address": backend.address(used[0]),
+            "port": backend.port(0),
+            "shutdown_s": site.shutdown_s,
+            "command": train,
+        }
+        write_json(self.folder / "spec.json", spec)
+        self.places.note(
+            "ranks", start=backend.start, ranks=layout.ranks, mesh=str(layout.sizes), nodes=used, idle=idle
+        )
+        print(f"start {backend.start}: {layout.ranks} ranks on {', '.join(used)}, {layout.sizes}", flush=True)
+        if idle:
+            print(f"idle: {', '.join(idle)}, which the batch cannot be divided among", flush=True)
+        folder = str(self.folder)
+        if site.launcher == "torchrun":
+            command, per_node = [sys.executable, "-m", "launch.node", folder], 1
+        else:
+            command, per_node = [sys.executable, "-m", "launch.rank", folder, *train], layout.ranks_per_node
+        step = backend.run(used, per_node, command, "hope-train", self.folder / "srun.log")
+        watch = Watch(self.places.run_dir, self.folder / "heartbeat", self.survive)
+        hung: str | None = None
+        while step.poll() is None:
+            time.sleep(POLL_S)
+            self._answer_signals()
+            hung = watch.hang()
+            if hung is not None:
+                self._dump(hung, watch.idle_s, used)
+                backend.kill(step, "hope-train")
+                break
+        code = step.wait()
+        return self._evidence(hung=hung, exit_code=code)
+
+    def _signals(self) -> set[str]:
+        """All that this process or its job script was sent."""
+        if self.signals is not None:
+            with suppress(OSError):
+                self.got |= set(self.signals.read_text(encoding="ascii").split())
+        return self.got
+
+    def _answer_signals(self) -> None:
+        got = self._signals()
+        late = self.ends is not None and time.time() > self.ends - self.survive.lead_s
+        if self.asked is None and ("USR1" in got or late):
+            near = self.ends is not None and time.time() > self.ends - self.survive.lead_s - 120
+            self._ask("time limit" if near or late else "requeue asked for")
+        elif self.asked is None and "TERM" in got and self.backend.state()[1]:
+            self._ask("preempted")
+
+    def _ask(self, why: str) -> None:
+        """Have the run save and stop, at a step's end and on all ranks together."""
+        self.asked = why
+        self.places.note("asked", start=self.backend.start, why=why)
+        print(f"start {self.backend.start}: {why}: the run is asked to save and stop", flush=True)
+        (self.places.run_dir / STOP).write_text(f"start {self.backend.start}: {why}\n", encoding="utf-8")
+
+    def _dump(self, phase: str, idle_s: float, nodes: Sequence[str]) -> None:
+        """Every rank's stacks, before anything is ended."""
+        self.places.note("hang", start=self.backend.start, phase=phase, idle_s=round(idle_s, 1))
+        print(f"start {self.backend.start}: nothing has moved for {idle_s:.0f} s in phase {phase}", flush=True)
+        command = [sys.executable, "-m", "launch.stacks", str(self.folder)]
+        step = self.backend.run(nodes, 1, command, "hope-stacks", self.folder / "srun.log")
+        try:
+            step.wait(90)
+        except subprocess.TimeoutExpired:
+            self.backend.kill(step, "hope-stacks")
+
+    # After the ranks
+
+    def _evidence(
+        self, hung: str | None = None, exit_code: int = 0, unhealthy: tuple[str, ...] = (), detail: str = ""
+    ) -> Evidence:
+        stopped = read_json(self.places.run_dir / STOPPED)
+        fresh = stopped.get("time", 0.0) >= self.begun
+        state, preempted = self.backend.state()
+        first = read_json(self.folder / "ranks" / "0.json").get("exit")
+        return Evidence(
+            job_state=state,
+            preempted=preempted,
+            terminated="TERM" in self._signals(),
+            asked=self.asked,
+            stopped=stopped.get("reason") if fresh else None,
+            detail=detail or str(stopped.get("detail") or "") if fresh or detail else "",
+            exit_code=exit_code,
+            first_code=first,
+            hung=hung,
+            unhealthy=unhealthy,
+            step=self.places.newest_step(),
+            failures=failures_before(self.places.events()),
+            time=time.time(),
+        )
+
+    def _carry_out(self, decision: Decision) -> int:
+        if claimed_by(self.places.run_dir) not in (self.backend.start, None):
+            decision = Decision("leave", "another start has taken the run over", 1)
+        self._note_end(decision)
+        print(f"start {self.backend.start}: {decision.reason}: {decision.action}", flush=True)
+        if decision.action == "requeue":
+            self.backend.requeue(self._excluded(), decision.delay_s)
+        elif decision.action == "wait":
+            self.backend.wait_for_slurm()
+        return decision.code
+
+    def _excluded(self) -> list[str]:
+        """Every node that was found sick since the run was submitted last."""
+        found: dict[str, None] = {}
+        for event in self.places.events():
+            if event["event"] == "submitted":
+                found.clear()
+            elif event["event"] == "ended":
+                found |= dict.fromkeys(event.get("exclude", ()))
+        return list(found)
+
+    def _note_end(self, decision: Decision) -> None:
+        self.places.note(
+            "ended",
+            start=self.backend.start,
+            action=decision.action,
+            reason=decision.reason,
+            failure=decision.failure,
+            exclude=[node for node in decision.exclude if node in self.backend.nodes()],
+            step=self.places.newest_step(),
+        )
+
+
+def main() -> int:
+    """The command of a job script: `python -m launch.supervise REQUEST SIGNALS`. Returns the job's exit code."""
+    from launch.cluster import SlurmBackend
+
+    try:
+        request = read_request(Path(sys.argv[1]))
+        return Supervisor(request, SlurmBackend(request), Path(sys.argv[2])).run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
