@@ -163,6 +163,17 @@ def history(run: Run, as_json: Json = False) -> int:
     return history_command(run, as_json)
 
 
+@app.command("site")
+def site(
+    file: SiteFile = None,
+    docs: Annotated[bool, typer.Option("--docs", help="Explain every field.")] = False,
+) -> int:
+    """Print what the site files say together, or what may stand in one."""
+    from launch.site import site_command
+
+    return site_command(file, docs)
+
+
 @app.command("local")
 def local(
     config: Config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from launch.parse import (
     account_rows,
     duration,
     job_of_record,
+    jobs_of_json,
     node_names,
     queue_jobs,
     records,
@@ -54,9 +56,14 @@ class SlurmError(UserError):
 class Slurm:
     """Asks and orders. Every call is one run of a program of Slurm's."""
 
-    def __init__(self, timeout_s: float = 60.0) -> None:
-        """`timeout_s`: how long a program may take before Slurm counts as not answering."""
+    def __init__(self, timeout_s: float = 60.0, json: bool | None = None) -> None:
+        """
+        Args:
+            timeout_s: how long a program may take before Slurm counts as not answering.
+            json: read jobs from Slurm's JSON instead of its plain format. None: if HOPE_SLURM_JSON=1.
+        """
         self.timeout_s = timeout_s
+        self.json = os.environ.get("HOPE_SLURM_JSON") == "1" if json is None else json
 
     def call(self, *command: str) -> str:
         """What a program prints. Raises SlurmError."""
@@ -88,6 +95,9 @@ class Slurm:
     def job(self, job: str) -> Job | None:
         """A job that the controller still remembers (by default for five minutes after its end)."""
         try:
+            if self.json:
+                there = jobs_of_json(self.call("squeue", "--json", "--states=all", "-j", job))
+                return next((one for one in there if job in (one.id, one.array)), None)
             found = records(self.call("scontrol", "-o", "show", "job", job))
         except SlurmError as error:
             if "nvalid job id" in str(error):

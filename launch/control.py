@@ -7,7 +7,7 @@ from pathlib import Path
 from hope_train.errors import UserError
 from launch.client import Slurm
 from launch.parse import Job
-from launch.places import Places, find_run
+from launch.places import Places, find_run, submitted_jobs
 from launch.request import read_request
 from launch.submit import Wishes, submit
 from launch.supervise import STOP
@@ -15,8 +15,7 @@ from launch.supervise import STOP
 
 def active_jobs(slurm: Slurm, places: Places, limit: int = 50) -> list[Job]:
     """The jobs of a run that wait or run, the oldest first."""
-    names = [str(event["job"]) for event in places.events() if event["event"] in ("submitted", "swept_job")]
-    found = [slurm.job(name) for name in names[-limit:] if not name.startswith("local-")]
+    found = [slurm.job(job.array or job.id) for job in slurm.queue(submitted_jobs(places)[-limit:])]
     return [job for job in found if job is not None and job.active]
 
 

@@ -16,7 +16,7 @@ from hope_train.checkpoint.fence import refuse_if_in_use
 from hope_train.config.load import load_config
 from hope_train.errors import UserError
 from launch.checks import check_layout
-from launch.places import Places, write_json
+from launch.places import LOCAL, Places, write_json
 from launch.request import Request
 from launch.site import load_site
 from launch.submit import absolute, ensure, write_config
@@ -122,7 +122,7 @@ def local_command(
         write_json(folder / "request.json", request.model_dump(mode="json"))
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
-    job = f"local-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    job = f"{LOCAL}{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
     places.note("submitted", job=job, submission=str(folder))
     backend = LocalBackend(job)
     os.environ.pop("WORLD_SIZE", None)

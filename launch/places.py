@@ -24,6 +24,9 @@ from hope_train.errors import UserError
 
 Event = dict[str, Any]
 
+LOCAL = "local-"
+"""How the names of calls of `hope launch local` begin, where jobs of Slurm's have numbers."""
+
 
 @dataclass(frozen=True)
 class Places:
@@ -69,6 +72,12 @@ class Places:
         """The step of the newest checkpoint, 0 where there is none."""
         there = list_checkpoints(self.run_dir / CHECKPOINTS)
         return (step_of(there[-1]) or 0) if there else 0
+
+
+def submitted_jobs(places: Places) -> list[str]:
+    """The jobs of Slurm's that a run was ever submitted as, the oldest first."""
+    names = [str(event["job"]) for event in places.events() if event["event"] == "submitted"]
+    return [name for name in names if not name.startswith(LOCAL)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hope_train.config.base import Section
-from hope_train.config.load import merge, read_tree, validate
+from hope_train.config.load import dump_yaml, field_docs, merge, read_tree, validate
 from hope_train.errors import UserError
 from launch.parse import duration
 
@@ -209,6 +209,16 @@ def site_files(start: Path) -> list[Path]:
         if (folder / ".git").exists():
             break
     return found
+
+
+def site_command(file: str | None, docs: bool) -> int:
+    """Print the resolved site as YAML, or with `docs` every field with its default and meaning. Raises UserError."""
+    if not docs:
+        print(dump_yaml(load_site(file, {})), end="")
+        return 0
+    for key, kind, default, text in field_docs(Site):
+        print(f"{key} ({kind}; default {'none' if default is None else default})\n    {text}")
+    return 0
 
 
 def load_site(file: str | None, options: Mapping[str, Any]) -> Site:

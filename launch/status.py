@@ -14,7 +14,7 @@ from hope_train.config.load import load_config
 from hope_train.errors import UserError
 from launch.client import Slurm, SlurmError
 from launch.parse import Job, show_duration
-from launch.places import Places, find_run, read_json, read_lines
+from launch.places import Places, find_run, read_json, read_lines, submitted_jobs
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +49,7 @@ def status_of(places: Places, slurm: Slurm) -> dict[str, Any]:
     total_steps, total_tokens = _totals(places)
     starts = [event for event in events if event["event"] == "started"]
     perplexities = [row for row in evaluations if row.get("word_ppl") is not None]
-    job, trouble = _job(events, slurm)
+    job, trouble = _job(places, slurm)
     there = list_checkpoints(run_dir / CHECKPOINTS)
     age = time.time() - there[-1].stat().st_mtime if there else None
     speed = last.get("tokens_per_s")
@@ -97,19 +97,16 @@ def _totals(places: Places) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _job(events: Sequence[dict[str, Any]], slurm: Slurm) -> tuple[Job | None, str | None]:
+def _job(places: Places, slurm: Slurm) -> tuple[Job | None, str | None]:
     """The run's job that is active, or its last one if Slurm remembers it; and what kept us from asking."""
-    names = [str(event["job"]) for event in events if event["event"] == "submitted"]
-    names = [name for name in names if not name.startswith("local-")]
+    names = submitted_jobs(places)
     if not names:
         return None, None
     try:
-        found = [job for name in names[-10:] if (job := slurm.job(name)) is not None]
+        active = slurm.queue(names[-50:])
+        return slurm.job(active[0].array or active[0].id if active else names[-1]), None
     except SlurmError as error:
         return None, str(error)
-    active = [job for job in found if job.active]
-    chosen = active[:1] or found[-1:]
-    return (chosen[0] if chosen else None), None
 
 
 def _table(status: dict[str, Any]) -> Table:

@@ -16,7 +16,7 @@ from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from launch.checks import Target, check_layout, check_plan, check_shared, find_target
 from launch.client import Slurm, SlurmError
-from launch.places import Places, register, write_json
+from launch.places import Places, register, submitted_jobs, write_json
 from launch.request import Request
 from launch.script import render
 from launch.site import Site, load_site
@@ -139,12 +139,9 @@ def sweep_configs(wishes: Wishes, base: RunConfig) -> list[RunConfig]:
 
 def refuse_if_active(slurm: Slurm, places: Places, asked: bool = True) -> None:
     """Raises UserError where a job of this run waits or runs already."""
-    known = [str(event["job"]) for event in places.events() if event["event"] == "submitted"]
-    if not asked or not known:
-        return
-    for job in known[-20:]:
-        found = slurm.job(job)
-        if found is not None and found.active:
+    for found in slurm.queue(submitted_jobs(places)[-50:]) if asked else ():
+        if found.active:
+            job = found.array or found.id
             raise UserError(
                 f"run {places.run_dir} has job {job} already ({found.state.lower()}): `hope launch cancel {job}` ends "
                 "it, another name= makes another run"

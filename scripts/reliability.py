@@ -1,0 +1,601 @@
+"""What a run survives: faults made on purpose on a Slurm cluster of its own, measured, and the result compared.
+
+    python -m scripts.reliability [--scenario NAME …] [--seeds 3] [--out FILE]
+
+Needs Slurm (`make setup-slurm`) and root. Each scenario submits a small Hope to two nodes, makes one thing go wrong at
+a step that the seed chooses, waits until the run is complete, and compares every tensor of its last checkpoint with
+those of a run that nothing happened to. A line of JSON for each; a table in Markdown at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.client import Slurm
+from launch.places import Places, read_json, read_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, EVERY = 40, 10
+"""Steps of a run, and between two scheduled saves."""
+
+WAIT_S = 240.0
+"""How long anything is waited for before a scenario has failed."""
+
+WORDS = ("river", "stone", "lamp", "green", "walked", "under", "seven", "quietly", "the", "a", "of", "into", "x =")
+
+
+class Failed(AssertionError):
+    """A scenario did not go as it should."""
+
+
+@dataclass
+class Measured:
+    """One repetition of one scenario. Seconds since the fault; None where there is nothing to measure."""
+
+    scenario: str
+    seed: int
+    fault_step: int | None = None
+    """The last step that was logged before the fault."""
+
+    detected_s: float | None = None
+    """Until the supervisor (or Slurm) acted."""
+
+    recovered_s: float | None = None
+    """Until the next start logged its first step."""
+
+    steps_lost: int | None = None
+    """Logged before the fault and trained again."""
+
+    starts: int = 0
+    same: bool | None = None
+    """Whether the last checkpoint is that of an uninterrupted run, bit for bit."""
+
+    notes: list[str] = field(default_factory=list)
+
+
+class Cluster:
+    """A Slurm of this process's own."""
+
+    def __init__(self, folder: Path, nodes: int = 4, port: int | None = None) -> None:
+        """Start it in `folder`, which must lie where /tmp-like paths are short. Raises CalledProcessError."""
+        self.folder = folder
+        base = port or 17000 + os.getpid() % 900 * 16
+        self._script("start", str(nodes), BASE_PORT=str(base))
+        os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
+        self.slurm = Slurm(30.0)
+
+    def _script(self, action: str, *arguments: str, **environment: str) -> None:
+        command = [str(ROOT / "scripts" / "slurm_cluster.sh"), action, str(self.folder), *arguments]
+        subprocess.run(command, check=True, timeout=90, env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+
+    def kill_node(self, node: str) -> None:
+        """`kill -9` of the node's daemon. What runs on the node goes on, as orphans."""
+        os.kill(int((self.folder / "run" / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
+
+    def start_node(self, node: str) -> None:
+        """Bring a node's daemon back."""
+        self._script("node", node)
+
+    def settle(self) -> None:
+        """All jobs ended, all nodes idle."""
+        with suppress(Exception):
+            self.slurm.call("scancel", "--quiet", "-u", os.environ.get("USER", "root"))
+        for node in self.slurm.nodes():
+            if not (self.folder / "run" / f"slurmd.{node.name}.pid").exists() or "DOWN" in node.state:
+                with suppress(subprocess.SubprocessError):
+                    self.start_node(node.name)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            states = {node.name: node.state for node in self.slurm.nodes()}
+            if all(state == "IDLE" for state in states.values()):
+                return
+            for name, state in states.items():
+                if "DOWN" in state or "DRAIN" in state:
+                    with suppress(Exception):
+                        self.slurm.call("scontrol", "update", f"NodeName={name}", "State=RESUME")
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        """End everything of this cluster."""
+        with suppress(subprocess.SubprocessError):
+            self._script("stop")
+
+
+def slurm_is_here() -> bool:
+    """Whether a cluster can be started on this machine by this user."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    return os.getuid() == 0 and all(shutil.which(name, path=path) for name in ("slurmctld", "slurmd", "munged"))
+
+
+class Bench:
+    """A folder with a corpus, a tokenizer, a site file and the runs of one cluster."""
+
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        """Makes them. The model is hope_tiny with a vocabulary of 300; steps of 256 tokens take tenths of a second."""
+        from data_pipelines.tokenizer_training import train_tokenizer
+
+        self.folder, self.cluster = folder, cluster
+        rng = random.Random(0)
+        texts = [" ".join(rng.choice(WORDS) for _ in range(rng.randint(20, 60))) + "\n" for _ in range(200)]
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        tokenizer = train_tokenizer(texts, folder / "tiny.model", 300)
+        tree = {
+            "base": str(ROOT / "configs" / "hope_tiny.yaml"),
+            "dir": str(folder / "runs" / "{name}"),
+            "data": {
+                "sources": [{"path": str(folder / "text.jsonl")}],
+                "tokenizer": tokenizer.path,
+                "cache_dir": str(folder / "cache"),
+            },
+            "model": {"vocab_size": 300},
+            "parallel": {"tp": 2},
+            "train": {
+                "context_length": 64,
+                "batch_tokens": 256,
+                "micro_batch_size": 4,
+                "tokens": STEPS * 256,
+                "device": "cpu",
+                "threads": 1,
+            },
+            "eval": {"every": 0, "validation_batches": 1},
+            "checkpoint": {"every": EVERY},
+            "log": {"progress": False},
+        }
+        (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+        self.site: dict[str, Any] = {
+            "shared": [str(folder)],
+            "nodes": "2",
+            "cpus_per_node": 2,
+            "memory": "2000M",
+            "gpus_per_node": 0,
+            "time": "20",
+            "environment": {"OMP_NUM_THREADS": "1"},
+            "health": {"timeout_s": 90, "all_reduce": False},
+            "survive": {"step_s": 12, "opening_s": 120, "save_s": 60, "disk_full_delay_s": 2, "lead_s": 30},
+        }
+
+    def hope(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`hope …` from this folder."""
+        environment = {key: text for key, text in os.environ.items() if key != "HOPE_WIKITEXT"}
+        environment |= {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(self.folder / "state"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "hope_train.cli", *arguments],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+            env=environment,
+        )
+        if check and done.returncode != 0:
+            raise Failed(f"hope {' '.join(arguments)}: {done.stderr}{done.stdout}")
+        return done
+
+    def submit(self, name: str, *arguments: str, site: dict[str, Any] | None = None) -> Run:
+        """Submit run `name`; `site` is laid over the site file."""
+        tree = {**self.site, **(site or {})}
+        tree["survive"] = {**self.site["survive"], **tree["survive"]}
+        (self.folder / f"{name}.site.yaml").write_text(yaml.safe_dump(tree))
+        done = self.hope(
+            *("launch", "submit", "run.yaml", f"name={name}", "--site", f"{name}.site.yaml", "--json", *arguments)
+        )
+        told = json.loads(done.stdout)
+        return Run(self, Path(told["run_dir"]), told["jobs"])
+
+    def reference(self, seed: int, *overrides: str) -> Path:
+        """The run directory of an uninterrupted run of this seed on the same layout; made once."""
+        name = "-".join(["reference", str(seed), *(text.replace("=", "") for text in overrides)])
+        run_dir = self.folder / "runs" / name
+        if not (run_dir / "STOPPED.json").exists():
+            self.hope("launch", "local", "run.yaml", f"name={name}", f"seed={seed}", "--ranks", "2", *overrides)
+        return run_dir
+
+
+@dataclass
+class Run:
+    """A submitted run."""
+
+    bench: Bench
+    run_dir: Path
+    jobs: list[str]
+
+    @property
+    def places(self) -> Places:
+        """Its launch folder."""
+        return Places(self.run_dir)
+
+    @property
+    def slurm(self) -> Slurm:
+        """The cluster's."""
+        return self.bench.cluster.slurm
+
+    def rows(self) -> list[dict[str, Any]]:
+        """metrics.jsonl as it is now."""
+        return read_lines(self.run_dir / "metrics.jsonl")
+
+    def step(self) -> int:
+        """The last step that was logged."""
+        rows = self.rows()
+        return int(rows[-1]["step"]) if rows else 0
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind."""
+        return [event for event in self.places.events() if event["event"] == kind]
+
+    def wait(self, what: str, true: Callable[[], Any], seconds: float = WAIT_S) -> Any:
+        """Wait until something is so. Raises Failed with everything that was said."""
+        deadline = time.monotonic() + seconds
+        while not (found := true()):
+            if time.monotonic() > deadline:
+                raise Failed(f"waited {seconds:.0f} s for: {what}\n{self.everything()}")
+            time.sleep(0.1)
+        return found
+
+    def reach(self, step: int) -> None:
+        """Wait until a step is logged."""
+        self.wait(f"step {step}", lambda: self.step() >= step)
+
+    def complete(self) -> None:
+        """Wait until the run says that it is, and its job has left."""
+        stopped = self.run_dir / "STOPPED.json"
+        self.wait("the end of the run", lambda: read_json(stopped).get("reason") == "completed")
+        self.wait("the end of its jobs", lambda: not any(self.state(job) for job in self.jobs))
+
+    def state(self, job: str) -> str | None:
+        """A job's state while it waits or runs."""
+        found = self.slurm.job(job)
+        return found.state if found is not None and found.active else None
+
+    def rank(self, number: int, start: str | None = None) -> dict[str, Any]:
+        """Where a rank of the newest start is."""
+        start = start or str(self.events("started")[-1]["start"])
+        return read_json(self.places.start(start) / "ranks" / f"{number}.json")
+
+    def everything(self) -> str:
+        """For a failure: events, logs, queue."""
+        texts = [json.dumps(event) for event in self.places.events()]
+        for file in sorted(self.places.folder.glob("**/*.log")) + sorted(self.places.folder.glob("**/*.out")):
+            texts.append(f"== {file.relative_to(self.run_dir)}\n{file.read_text(errors='replace')[-3000:]}")
+        with suppress(Exception):
+            texts += [self.slurm.call("scontrol", "-o", "show", "job"), self.slurm.call("sinfo", "-N", "-l")]
+        return "\n".join(texts)
+
+
+def fault_step(seed: int) -> int:
+    """After which step the fault comes: in mid-period of some level, between two scheduled saves."""
+    return random.Random(seed).randint(EVERY + 2, 2 * EVERY - 2)
+
+
+# The scenarios: each makes its fault and returns when the run is complete
+
+
+def measure(run: Run, measured: Measured, fault: Callable[[], None], at: int, noticed: Callable[[], Any]) -> float:
+    """Make the fault after step `at`, and fill in what came of it. Returns the time of the fault."""
+    run.reach(at)
+    starts = len(run.events("started"))
+    before = time.time()
+    measured.fault_step = run.step()
+    fault()
+    run.wait("the fault to be noticed", noticed)
+    measured.detected_s = round(time.time() - before, 1)
+    begun = run.wait("the next start", lambda: run.events("started")[starts:])[0]
+    first = run.wait("the first step after it", lambda: [row for row in run.rows() if row["time"] > begun["time"]][:1])[
+        0
+    ]
+    measured.recovered_s = round(first["time"] - before, 1)
+    # What was logged and is not in the checkpoint that the next start goes on from is trained again.
+    logged = [row for file in run.run_dir.glob("metrics*.jsonl") for row in read_lines(file)]
+    reached = max(row["step"] for row in logged if row["time"] < begun["time"])
+    measured.steps_lost = max(reached - int(begun["from_step"]), 0)
+    return before
+
+
+def ended(run: Run) -> Callable[[], Any]:
+    """Noticed when a start has noted its end."""
+    count = len(run.events("ended"))
+    return lambda: run.events("ended")[count:]
+
+
+def stop_signal(bench: Bench, seed: int, measured: Measured) -> Run:
+    """USR1 to the batch script, as before a time limit."""
+    run = bench.submit(f"signal-{seed}", f"seed={seed}")
+    job = run.jobs[0]
+    measure(run, measured, lambda: run.slurm.signal_script(job, "USR1"), fault_step(seed), ended(run))
+    return run
+
+
+def preemption(bench: Bench, seed: int, measured: Measured) -> Run:
+    """A job of a higher partition wants all nodes."""
+    run = bench.submit(f"preemption-{seed}", f"seed={seed}")
+    script = bench.folder / "urgent.sh"
+    script.write_text("#!/bin/bash\nsleep 4\n")
+
+    def fault() -> None:
+        options = ("-p", "urgent", "-N4", "--exclusive", "-t", "1", "-o", "/dev/null")
+        run.slurm.submit(str(script), *options)
+
+    measure(run, measured, fault, fault_step(seed), lambda: run.events("asked") or run.events("ended"))
+    return run
+
+
+def killed_rank(bench: Bench, seed: int, measured: Measured) -> Run:
+    """`kill -9` of one rank."""
+    run = bench.submit(f"kill-{seed}", f"seed={seed}")
+    rank = seed % 2
+    measure(run, measured, lambda: os.kill(run.rank(rank)["pid"], signal.SIGKILL), fault_step(seed), ended(run))
+    return run
+
+
+def lost_node(bench: Bench, seed: int, measured: Measured) -> Run:
+    """`kill -9` of a slurmd: the node is lost to Slurm, and its rank goes on as an orphan."""
+    run = bench.submit(f"node-{seed}", f"seed={seed}")
+    node = "n1" if seed % 2 else "n2"
+    job = run.jobs[0]
+
+    def noticed() -> bool:
+        found = run.slurm.job(job)
+        return found is not None and (found.restarts > 0 or found.state != "RUNNING")
+
+    measure(run, measured, lambda: bench.cluster.kill_node(node), fault_step(seed), noticed)
+    measured.notes.append(f"{node} lost; went on on {', '.join(run.events('ranks')[-1]['nodes'])}")
+    return run
+
+
+def drained_node(bench: Bench, seed: int, measured: Measured) -> Run:
+    """A node is drained: the job goes on on it, and is elsewhere after its next stop."""
+    run = bench.submit(f"drain-{seed}", f"seed={seed}")
+
+    def fault() -> None:
+        run.slurm.call("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+        run.slurm.signal_script(run.jobs[0], "USR1")
+
+    measure(run, measured, fault, fault_step(seed), ended(run))
+    nodes = run.events("ranks")[-1]["nodes"]
+    if "n2" in nodes:
+        raise Failed(f"n2 is drained and was used again: {nodes}")
+    measured.notes.append(f"went on on {', '.join(nodes)}")
+    return run
+
+
+def hang(bench: Bench, seed: int, measured: Measured) -> Run:
+    """SIGSTOP of one rank: the others wait for it, and nothing fails."""
+    run = bench.submit(f"hang-{seed}", f"seed={seed}")
+    rank = seed % 2
+    measure(
+        run,
+        measured,
+        lambda: os.kill(run.rank(rank)["pid"], signal.SIGSTOP),
+        fault_step(seed),
+        lambda: run.events("hang"),
+    )
+    dumps = sorted((run.places.start(str(run.events("hang")[0]["start"])) / "stacks").glob("*.txt"))
+    for number, dump in enumerate(dumps):
+        if "MainThread" not in dump.read_text():
+            raise Failed(f"no stack of rank {number}: {dump.read_text()}")
+    if len(dumps) != 2:
+        raise Failed(f"{len(dumps)} stacks of 2 ranks")
+    measured.notes.append("stacks of both ranks")
+    return run
+
+
+def full_disk(bench: Bench, seed: int, measured: Measured) -> Run:
+    """The run directory's disk is full for a while."""
+    place = bench.folder / f"disk-{seed}"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120M", "tmpfs", str(place)], check=True)
+    try:
+        more = ("checkpoint.every=2", f"train.tokens={256 * STEPS}")
+        run = bench.submit(f"disk-{seed}", f"seed={seed}", f"dir={place}/run", *more)
+        filler = place / "filler"
+
+        def fault() -> None:
+            with filler.open("wb") as file, suppress(OSError):
+                while True:
+                    file.write(b"x" * 65536)
+                    file.flush()
+
+        def noticed() -> Any:
+            found = run.events("ended")
+            if found:
+                filler.unlink(missing_ok=True)
+            return found
+
+        measure(run, measured, fault, fault_step(seed), noticed)
+        run.complete()
+        shutil.copytree(place / "run", bench.folder / "runs" / f"disk-{seed}")
+        return Run(bench, bench.folder / "runs" / f"disk-{seed}", run.jobs)
+    finally:
+        bench.cluster.settle()
+        subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def cancelled(bench: Bench, seed: int, measured: Measured) -> Run:
+    """`scancel`: the job must not come back. Resubmitted afterwards, the run goes on."""
+    run = bench.submit(f"cancel-{seed}", f"seed={seed}")
+    run.reach(fault_step(seed))
+    measured.fault_step = run.step()
+    before = time.time()
+    run.slurm.cancel(run.jobs[0])
+    run.wait("the job to be gone", lambda: run.state(run.jobs[0]) is None)
+    measured.detected_s = round(time.time() - before, 1)
+    time.sleep(10)
+    if len(run.events("started")) != 1 or run.state(run.jobs[0]) is not None:
+        raise Failed(f"a cancelled job came back\n{run.everything()}")
+    measured.notes.append("stayed cancelled; resubmitted by hand")
+    bench.hope("launch", "resubmit", str(run.run_dir))
+    run.jobs = [str(run.events("submitted")[-1]["job"])]
+    return run
+
+
+def time_limit(bench: Bench, seed: int, measured: Measured) -> Run:
+    """The job's own time limit of two minutes, with a signal 30 s before it."""
+    steps = 400
+    run = bench.submit(f"limit-{seed}", f"seed={seed}", f"train.tokens={steps * 256}", "--time", "2")
+    run.wait("the signal", lambda: run.events("asked"))
+    before = float(run.events("asked")[0]["time"])
+    measured.fault_step = run.step()
+    first = run.wait("the end of the start", lambda: run.events("ended"))[0]
+    measured.detected_s = round(first["time"] - before, 1)
+    begun = run.wait("the next start", lambda: run.events("started")[1:])[0]
+    row = run.wait("its first step", lambda: [row for row in run.rows() if row["time"] > begun["time"]][:1])[0]
+    measured.recovered_s, measured.steps_lost = round(row["time"] - before, 1), 0
+    measured.notes.append(f"saved at step {first['step']}; `{first['reason']}`")
+    return run
+
+
+def chain(bench: Bench, seed: int, measured: Measured) -> Run:
+    """Three jobs one after the other; the first two are told to stop as at a time limit."""
+    run = bench.submit(f"chain-{seed}", f"seed={seed}", "--chain", "3")
+    measure(run, measured, lambda: run.slurm.signal_script(run.jobs[0], "USR1"), 10 + seed % 5, ended(run))
+    run.reach(24 + seed % 5)
+    run.slurm.signal_script(run.jobs[1], "USR1")
+    run.wait("the third job", lambda: len(run.events("started")) == 3)
+    used = [str(event["start"]).rpartition(".")[0] for event in run.events("started")]
+    if used != run.jobs:
+        raise Failed(f"the starts {used} are not those of the jobs {run.jobs}")
+    return run
+
+
+def sick_node(bench: Bench, seed: int, measured: Measured) -> Run:
+    """A node fails its health check: the run starts without it."""
+    node = f"n{1 + seed % 2}"
+    health = {**bench.site["health"], "command": f'test "$SLURMD_NODENAME" != {node}'}
+    run = bench.submit(f"sick-{seed}", f"seed={seed}", site={"health": health})
+    before = float(run.wait("the first start", lambda: run.events("started"))[0]["time"])
+    found = run.wait("the check", lambda: run.events("unhealthy"))[0]
+    measured.detected_s = round(found["time"] - before, 1)
+    run.reach(1)
+    measured.recovered_s, measured.steps_lost = round(run.rows()[0]["time"] - before, 1), 0
+    nodes = run.events("ranks")[-1]["nodes"]
+    if node in nodes:
+        raise Failed(f"{node} is sick and was used: {nodes}")
+    measured.notes.append(f"{node} left out, started on {', '.join(nodes)}")
+    return run
+
+
+SCENARIOS: dict[str, Callable[[Bench, int, Measured], Run]] = {
+    "signal": stop_signal,
+    "preemption": preemption,
+    "killed rank": killed_rank,
+    "lost node": lost_node,
+    "drained node": drained_node,
+    "hang": hang,
+    "full disk": full_disk,
+    "cancelled": cancelled,
+    "time limit": time_limit,
+    "chain": chain,
+    "sick node": sick_node,
+}
+
+
+def run_scenario(bench: Bench, name: str, seed: int) -> Measured:
+    """One repetition. Raises Failed."""
+    measured = Measured(name, seed)
+    try:
+        run = SCENARIOS[name](bench, seed, measured)
+        run.complete()
+        measured.starts = len(run.events("started"))
+        tokens = {"time limit": ("train.tokens=102400",)}.get(name, ())
+        measured.same = same_checkpoint(run.run_dir, bench.reference(seed, *tokens))
+    finally:
+        bench.cluster.settle()
+    return measured
+
+
+def same_checkpoint(one: Path, other: Path) -> bool:
+    """Whether the last checkpoints of two runs hold the same: parameters, moments, accumulators, counters."""
+    command = [sys.executable, "-m", "hope_train.cli", "checkpoint", "diff", str(one), str(other), "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    if done.returncode not in (0, 1):
+        raise Failed(done.stderr)
+    return done.returncode == 0
+
+
+@contextmanager
+def bench_in(folder: Path) -> Iterator[Bench]:
+    """A cluster and a bench below `folder`, ended afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cluster = Cluster(folder / "slurm")
+    try:
+        yield Bench(folder, cluster)
+    finally:
+        cluster.stop()
+
+
+def table(rows: list[Measured]) -> str:
+    """Medians over the repetitions, with the largest in brackets."""
+    lines = [
+        "| fault | repetitions | noticed after, s | next step after, s | steps lost | same bits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row.scenario for row in rows):
+        some = [row for row in rows if row.scenario == name]
+        cells = [_spread([getattr(row, key) for row in some]) for key in ("detected_s", "recovered_s", "steps_lost")]
+        same = f"{sum(bool(row.same) for row in some)} of {len(some)}"
+        lines.append(f"| {name} | {len(some)} | {' | '.join(cells)} | {same} |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    if not there:
+        return "-"
+    middle, most = statistics.median(there), max(there)
+    return f"{middle:g}" if middle == most else f"{middle:g} ({most:g})"
+
+
+def main() -> int:
+    """Run what the command line asks for. Returns 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--scenario", action="append", choices=[*SCENARIOS], help="default: all of them")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp") / f"hope-reliability-{os.getpid()}")
+    parser.add_argument("--out", type=Path, help="append the lines of JSON here")
+    parser.add_argument("--table", type=Path, help="only print the table of the lines in this file")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table([Measured(**row) for row in read_lines(arguments.table)]))
+        return 0
+    if not slurm_is_here():
+        print("error: no Slurm here, or not root: make setup-slurm", file=sys.stderr)
+        return 2
+    rows, failed = [], 0
+    with bench_in(arguments.folder) as bench:
+        for name in arguments.scenario or SCENARIOS:
+            for seed in range(arguments.seeds):
+                try:
+                    row = run_scenario(bench, name, seed)
+                except Failed as error:
+                    failed += 1
+                    print(f"{name}, seed {seed}: FAILED: {error}", flush=True)
+                    continue
+                rows.append(row)
+                failed += not row.same
+                line = json.dumps(asdict(row))
+                print(line, flush=True)
+                if arguments.out:
+                    with arguments.out.open("a") as file:
+                        file.write(line + "\n")
+    print(table(rows))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
