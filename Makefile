@@ -9,13 +9,16 @@ PYTEST = $(BIN)/python -m pytest tests -n $(WORKERS) --durations=10
 # Passed on to pytest: make test-all PART=1/4 ARGS="-m slow"
 ARGS ?=
 
-.PHONY: help setup demo test test-all check format bench bench-parallel lock clean
+.PHONY: help setup setup-slurm demo test test-all check format bench bench-parallel lock clean
 
 help:  ## this list
 	@awk -F ':.*##  *' '/^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv (variables: PYTHON=, TORCH_INDEX= of another torch build); fast when nothing changed
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/setup.sh
+
+setup-slurm:  ## install Slurm on Debian or Ubuntu (as root), for the tests that start a cluster of their own
+	@scripts/setup_slurm.sh
 
 demo: setup  ## train a small Hope, stop, resume, measure, sample, draw: about 6 minutes
 	@env -u OMP_NUM_THREADS $(BIN)/python -m scripts.demo

@@ -44,6 +44,7 @@ EXTRAS = {
     "datasets": "train",
     "filelock": "train",
     "huggingface_hub": "train",
+    "py_spy": "train",
     "pyarrow": "train",
     "safetensors": "train",
     "zstandard": "train",
@@ -159,7 +160,7 @@ def generate(
     as_json: Json = False,
 ) -> int:
     """Stream text from a checkpoint."""
-    chosen = _overrides(overrides, run)
+    chosen = check_overrides(overrides, run)
     from hope_train.generate import generate_command
 
     return generate_command(run, chosen, prompt, max_tokens, temperature, top_p, seed, as_json)

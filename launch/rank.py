@@ -1,6 +1,6 @@
 """One rank of a job: says where it runs, trains, and leaves its exit code where the supervisor finds it.
 
-`python -m launch.rank START train CONFIG …`, started by torchrun or by srun.
+`python -m launch.rank START CONFIG KEY=VALUE …`, started by torchrun or by srun.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hope_train.parallel.slurm import adopt_step
 from launch.places import read_json, write_json
 
 HEARTBEAT = "HOPE_HEARTBEAT"
+WRONG_INPUT = 2
 PATIENCE_S = 10.0
 """How long a rank that failed waits for rank 0 to say why: the first to leave has the others killed."""
 
@@ -34,7 +35,7 @@ def main() -> int:
         adopt_step(os.environ)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return WRONG_INPUT
     rank = int(os.environ.get("RANK", "0"))
     os.environ[CLAIM] = start.name
     if rank == 0:
@@ -46,9 +47,14 @@ def main() -> int:
         write_json(mark, facts)
     code = 1
     try:
-        from hope_train.cli import run
+        from hope_train.train.run import train_command
 
-        code = run(arguments)
+        code = train_command(arguments[0], arguments[1:], "auto", False, False)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        code = WRONG_INPUT
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:
         traceback.print_exc()
     with suppress(OSError):

@@ -156,7 +156,7 @@ class Supervisor:
     def _train(self, layout: Layout, nodes: list[str]) -> Evidence:
         used, idle = nodes[: layout.nodes], nodes[layout.nodes :]
         site, backend = self.request.site, self.backend
-        train = ["train", self.request.config]
+        train = [self.request.config]
         if self.request.elastic:
             train.append("parallel.dp_replicate=auto")
         spec = {

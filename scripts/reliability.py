@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY = 40, 10
 """Steps of a run, and between two scheduled saves."""
 
+LONG = ("train.tokens=102400",)
+"""For scenarios in which Slurm itself takes its time: 400 steps."""
+
 WAIT_S = 240.0
 """How long anything is waited for before a scenario has failed."""
 
@@ -344,7 +347,7 @@ def killed_rank(bench: Bench, seed: int, measured: Measured) -> Run:
 
 def lost_node(bench: Bench, seed: int, measured: Measured) -> Run:
     """`kill -9` of a slurmd: the node is lost to Slurm, and its rank goes on as an orphan."""
-    run = bench.submit(f"node-{seed}", f"seed={seed}")
+    run = bench.submit(f"node-{seed}", f"seed={seed}", *LONG)
     node = "n1" if seed % 2 else "n2"
     job = run.jobs[0]
 
@@ -445,8 +448,7 @@ def cancelled(bench: Bench, seed: int, measured: Measured) -> Run:
 
 def time_limit(bench: Bench, seed: int, measured: Measured) -> Run:
     """The job's own time limit of two minutes, with a signal 30 s before it."""
-    steps = 400
-    run = bench.submit(f"limit-{seed}", f"seed={seed}", f"train.tokens={steps * 256}", "--time", "2")
+    run = bench.submit(f"limit-{seed}", f"seed={seed}", *LONG, "--time", "2")
     run.wait("the signal", lambda: run.events("asked"))
     before = float(run.events("asked")[0]["time"])
     measured.fault_step = run.step()
@@ -511,7 +513,7 @@ def run_scenario(bench: Bench, name: str, seed: int) -> Measured:
         run = SCENARIOS[name](bench, seed, measured)
         run.complete()
         measured.starts = len(run.events("started"))
-        tokens = {"time limit": ("train.tokens=102400",)}.get(name, ())
+        tokens = LONG if name in ("time limit", "lost node") else ()
         measured.same = same_checkpoint(run.run_dir, bench.reference(seed, *tokens))
     finally:
         bench.cluster.settle()

@@ -180,6 +180,24 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             "diff_command",
             (("a", "b", True, True), {}),
         ),
+        (["launch", "status", "a", "7", "--json"], "launch.status", "status_command", ((["a", "7"], True), {})),
+        (["launch", "history", "a"], "launch.status", "history_command", (("a", False), {})),
+        (
+            ["launch", "logs", "a", "-f", "--node", "n2", "--start", "7.1", "-n", "5"],
+            "launch.logs",
+            "logs_command",
+            (("a", True, "n2", "7.1", 5), {}),
+        ),
+        (["launch", "cancel", "a", "--now"], "launch.control", "cancel_command", (("a", True), {})),
+        (["launch", "requeue", "a"], "launch.control", "requeue_command", (("a",), {})),
+        (["launch", "resubmit", "a"], "launch.control", "resubmit_command", (("a",), {})),
+        (["launch", "site", "--site", "s.yaml", "--docs"], "launch.site", "site_command", (("s.yaml", True), {})),
+        (
+            ["launch", "local", "c.yaml", "a.b=1", "--ranks", "4"],
+            "launch.local",
+            "local_command",
+            (("c.yaml", ["a.b=1"], 4, None, {"survive": {"lead_s": None, "max_failures": None}}), {}),
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -234,6 +252,13 @@ def test_eval_passes_every_option_by_name(command: Callable[..., Calls]) -> None
             ("hope_train.checkpoint.commands", f"{name}_command")
             for name in ("ls", "verify", "prune", "consolidate", "diff")
         ),
+        ("launch.submit", "submit_command"),
+        ("launch.status", "status_command"),
+        ("launch.status", "history_command"),
+        ("launch.logs", "logs_command"),
+        *(("launch.control", f"{name}_command") for name in ("cancel", "requeue", "resubmit")),
+        ("launch.site", "site_command"),
+        ("launch.local", "local_command"),
         ("data_pipelines.commands", "train_tokenizer_command"),
         ("data_pipelines.commands", "inspect_command"),
         ("data_pipelines.commands", "stats_command"),

@@ -1,0 +1,22 @@
+"""What a run survives, end to end on a real controller with real training: the scenarios of scripts/reliability.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.reliability import SCENARIOS, Bench, run_scenario
+
+
+def test_a_stopped_and_requeued_run_ends_in_the_bits_of_an_uninterrupted_one(bench: Bench) -> None:
+    measured = run_scenario(bench, "signal", seed=0)
+    assert measured.same
+    assert measured.starts == 2
+    assert measured.steps_lost == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "signal"])
+def test_a_run_ends_in_the_bits_of_one_to_which_nothing_happened(bench: Bench, scenario: str) -> None:
+    measured = run_scenario(bench, scenario, seed=1)
+    assert measured.same
+    assert measured.starts == {"chain": 3}.get(scenario, 2)
