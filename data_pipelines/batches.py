@@ -1,146 +1,20 @@
-"""What sample belongs to global batch i. This is the one place that knows.
-
-A sample is a window of context_length + 1 neighbouring tokens of a packed split: T inputs and, one further on, T
-targets. Windows overlap by that one token, so in an epoch every token but the split's first (and a tail shorter than
-T) is a target exactly once. An epoch takes all windows in a shuffled order of its own; the endless sequence of samples
-is epoch after epoch; global batch i is samples [i n, (i + 1) n) of it, and rank r of R takes the r-th of R equal
-parts. So a batch depends on (corpus, config, seed, i) alone, and nothing needs to be read to find a place in it.
-"""
+"""From a configuration to batches: which corpus, which tokenizer, and what a resumed run has to find unchanged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from data_pipelines.corpus import open_corpus
-from data_pipelines.order import permute
 from data_pipelines.pack import CorpusSplit
+from data_pipelines.samples import Batch, BatchSource
 from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.windows import BlendSource, WindowSource
 from hope_train.config.data import DataConfig
 from hope_train.config.train import TrainConfig
 from hope_train.errors import UserError
 
-_MAX_SAMPLES = 2**63 - 1
-"""Samples of the endless sequence have 64-bit numbers."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of a global batch; n rows of T tokens."""
-
-    tokens: np.ndarray
-    """int64 [n, T]."""
-
-    targets: np.ndarray
-    """int64 [n, T]: the next tokens; -100 would not be scored (packed text has none of those)."""
-
-    starts: np.ndarray | None
-    """bool [n, T]: True at the end-of-text token that opens a document and at each row's first token; None where
-    documents do not reset anything. The end-of-text's own target, the document's first token, is scored."""
-
-
-class BatchSource:
-    """Batches of one split of a corpus, by their number."""
-
-    def __init__(
-        self,
-        split: CorpusSplit,
-        context_length: int,
-        batch_sequences: int,
-        seed: int,
-        reset_at_documents: bool,
-        eot_id: int,
-    ) -> None:
-        """
-        Args:
-            context_length: T, tokens in a row.
-            batch_sequences: rows of a global batch, over all ranks.
-            seed: of the order of windows.
-            reset_at_documents: give `Batch.starts`.
-
-        Raises:
-            UserError: the split is shorter than one window.
-        """
-        self.split = split
-        self.context_length = context_length
-        self.batch_sequences = batch_sequences
-        self.seed = seed
-        self.reset_at_documents = reset_at_documents
-        self.eot_id = eot_id
-        self.windows = max(0, len(split.tokens) - 1) // context_length
-        """Windows in an epoch."""
-        if not self.windows:
-            raise UserError(
-                f"the {split.name} part of the corpus has {len(split.tokens)} tokens, fewer than one window of "
-                f"train.context_length={context_length} and the next token: give more text or a shorter context"
-            )
-
-    def batch(self, index: int, rank: int = 0, ranks: int = 1) -> Batch:
-        """Rank `rank`'s rows of global batch `index` (from 0).
-
-        Raises UserError if the ranks do not divide its rows, or there is no number for its samples.
-        """
-        if self.batch_sequences % ranks:
-            raise UserError(
-                f"a batch of {self.batch_sequences} sequences cannot be divided among {ranks} ranks: make "
-                f"train.batch_tokens a multiple of {ranks * self.context_length}"
-            )
-        if index < 0 or not 0 <= rank < ranks:
-            raise ValueError(f"no batch {index} for rank {rank} of {ranks}")
-        if index >= _MAX_SAMPLES // self.batch_sequences:
-            raise UserError(f"batch {index} is too far: batches end before {_MAX_SAMPLES // self.batch_sequences}")
-        rows = self.batch_sequences // ranks
-        first = index * self.batch_sequences + rank * rows
-        return self._rows(self.window_numbers(first, rows))
-
-    def window_numbers(self, first: int, count: int) -> np.ndarray:
-        """Windows behind samples first .. first+count-1 of the endless sequence, int64 [count].
-
-        Window w starts at token w T of the split; sample s is the (s mod windows)-th of epoch s // windows.
-        """
-        samples = np.arange(first, first + count, dtype=np.int64)
-        epochs, places = samples // self.windows, samples % self.windows
-        result = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            result[chosen] = permute(places[chosen], self.windows, self.seed, int(epoch))
-        return result
-
-    def _rows(self, windows: np.ndarray) -> Batch:
-        length = self.context_length
-        rows = np.empty((len(windows), length + 1), dtype=np.int64)
-        for row, window in enumerate(windows):
-            rows[row] = self.split.tokens[window * length : (window + 1) * length + 1]
-        tokens = np.ascontiguousarray(rows[:, :-1])
-        starts = None
-        if self.reset_at_documents:
-            starts = tokens == self.eot_id
-            starts[:, 0] = True
-        return Batch(tokens, np.ascontiguousarray(rows[:, 1:]), starts)
-
-    def validation_batches(self, rows: int, limit: int | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """Windows in the order of the text, the same ones every time, `rows` in a batch over all ranks.
-
-        Args:
-            limit: number of batches at most; the windows are then spread evenly over the split. None: all windows, the
-                last batch with what is left.
-            rank: a rank gets its part of each batch, which is empty where there are more ranks than rows left; sums
-                over ranks are those of one rank that takes all.
-        """
-        count = self.windows if limit is None else min(self.windows, limit * rows)
-        chosen = np.arange(count, dtype=np.int64) * self.windows // max(count, 1)
-        for first in range(0, count, rows):
-            yield self._rows(np.array_split(chosen[first : first + rows], ranks)[rank])
-
-
-def validation_batches(
-    source: BatchSource, rows: int, limit: int | None = None, rank: int = 0, ranks: int = 1
-) -> Iterator[Batch]:
-    """`BatchSource.validation_batches` as a function."""
-    return source.validation_batches(rows, limit, rank, ranks)
+__all__ = ["Batch", "BatchSource", "DataBundle", "WindowSource", "open_data", "open_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -151,38 +25,47 @@ class DataBundle:
 
     train: BatchSource
 
-    validation: BatchSource | None
+    validation: WindowSource | None
     """None where nothing is held out, or less than one window."""
 
     description: dict[str, Any]
     """What was opened, in a form that JSON holds: paths, fingerprints, counts, windows, epochs of the run."""
 
+    identity: dict[str, Any] = field(default_factory=dict)
+    """More that global batch i depends on, beside text, sizes and seed."""
+
 
 def open_data(data: DataConfig, train: TrainConfig, seed: int, vocab_size: int) -> DataBundle:
-    """Tokenizer and batches of a run; the text is tokenised where the cache does not have it yet.
+    """Tokenizer and batches of a run. In cached mode the text is tokenised where the cache does not have it yet.
 
     May be called by all ranks at once: one of them tokenises.
 
     Args:
-        seed: of the run; it orders the windows.
+        seed: of the run; it orders the samples.
         vocab_size: of the model; it must be the tokenizer's number of pieces.
 
     Raises:
-        UserError: no or a wrong tokenizer, and everything that `open_corpus` and `BatchSource` raise.
+        UserError: no or a wrong tokenizer, text or tokens that cannot be read or are too few.
     """
     tokenizer = open_tokenizer(data, vocab_size)
+    if not data.sources:
+        raise UserError("data.sources is empty: name at least one path, hub data set or builtin text")
+    return _OPEN[data.mode](data, train, seed, tokenizer)
+
+
+def _open_cached(data: DataConfig, train: TrainConfig, seed: int, tokenizer: Tokenizer) -> DataBundle:
     corpus = open_corpus(data, tokenizer)
     rows = train.batch_tokens // train.context_length
 
-    def source(split: CorpusSplit) -> BatchSource:
-        return BatchSource(split, train.context_length, rows, seed, data.reset_at_documents, tokenizer.eot_id)
+    def source(split: CorpusSplit) -> WindowSource:
+        return WindowSource(split, train.context_length, rows, seed, data.reset_at_documents, tokenizer.eot_id)
 
     train_source = source(corpus.train)
     # A held-out part shorter than a window is no reason to refuse a small corpus: the description says that it is.
     enough = len(corpus.validation.tokens) > train.context_length
     validation_source = source(corpus.validation) if enough else None
     description = {
-        "tokenizer": {"path": tokenizer.path, "fingerprint": tokenizer.fingerprint, "pieces": tokenizer.vocab_size},
+        "tokenizer": _describe_tokenizer(tokenizer),
         "corpus": {"folder": str(corpus.folder), "content": corpus.manifest["content"]},
         "train": {**corpus.manifest["splits"]["train"], "windows": train_source.windows},
         "validation": {
@@ -193,6 +76,64 @@ def open_data(data: DataConfig, train: TrainConfig, seed: int, vocab_size: int) 
         "epochs": train.total_steps * rows / train_source.windows,
     }
     return DataBundle(tokenizer, train_source, validation_source, description)
+
+
+def _open_indexed(data: DataConfig, train: TrainConfig, seed: int, tokenizer: Tokenizer) -> DataBundle:
+    from data_pipelines import indexed
+
+    corpora = [indexed.open_corpus(source, data, tokenizer) for source in data.sources]
+    rows = train.batch_tokens // train.context_length
+
+    def source(split: indexed.IndexedSplit, order: str = "") -> indexed.IndexedWindows:
+        reset, eot_id = data.reset_at_documents, tokenizer.eot_id
+        return indexed.IndexedWindows(split, train.context_length, rows, seed, reset, eot_id, order)
+
+    weights = [source.weight for source in data.sources if source.weight is not None]
+    train_source: BatchSource
+    if len(weights) > 1:
+        # Each by a name of its own: sources of equal length must not be shuffled alike.
+        parts = [source(corpus.train, f"source-{number}") for number, corpus in enumerate(corpora)]
+        train_source = BlendSource(parts, weights, rows)
+        windows = [part.windows for part in parts]
+        epochs = max(
+            train.total_steps * rows * weight / sum(weights) / count
+            for weight, count in zip(weights, windows, strict=True)
+        )
+    else:
+        train_source = source(indexed.join([corpus.train for corpus in corpora]))
+        windows = [train_source.windows or 0]
+        epochs = train.total_steps * rows / windows[0]
+    held_out = indexed.join([corpus.validation for corpus in corpora])
+    enough = len(held_out.tokens) > train.context_length
+    validation_source = source(held_out) if enough else None
+    sources = [indexed.describe(corpus) for corpus in corpora]
+    description: dict[str, Any] = {
+        "tokenizer": _describe_tokenizer(tokenizer),
+        "corpus": {"folder": ", ".join(c.name for c in corpora), "content": [c.content for c in corpora]},
+        "sources": sources,
+        **{
+            split: {name: _sum([entry[split][name] for entry in sources]) for name in ("documents", "tokens", "bytes")}
+            for split in ("train", "validation")
+        },
+        "cut_into_pieces_of": None,
+        "epochs": epochs,
+    }
+    description["train"]["windows"] = sum(windows)
+    description["validation"]["windows"] = validation_source.windows if validation_source else 0
+    identity = {"mode": data.mode, "weights": weights, "source_windows": windows}
+    return DataBundle(tokenizer, train_source, validation_source, description, identity)
+
+
+def _sum(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"path": tokenizer.path, "fingerprint": tokenizer.fingerprint, "pieces": tokenizer.vocab_size}
+
+
+_OPEN = {"cached": _open_cached, "indexed": _open_indexed}
 
 
 def open_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:

@@ -1,17 +1,17 @@
-"""`hope data …`: train a tokenizer, look at what the model will see, count the text."""
+"""`hope data …`: train a tokenizer, write a token set, compare one with its manifest."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data_pipelines.batches import DataBundle, open_data
-from data_pipelines.pack import CorpusSplit
+from data_pipelines.batches import open_tokenizer
+from data_pipelines.looking import number
 from data_pipelines.sources import fingerprint_sources, parse_source, read_sources
-from data_pipelines.tokenizer import END_OF_TEXT, Tokenizer
 from data_pipelines.tokenizer_training import model_path, train_tokenizer
 from hope_train.config.load import load_config
 from hope_train.errors import UserError
@@ -81,124 +81,63 @@ class _Counted:
         self.sample = "".join(parts)
 
 
-def inspect_command(
-    config_path: str, overrides: Sequence[str] = (), batch: int = 0, rows: int = 2, as_json: bool = False
-) -> int:
-    """Print the first `rows` rows of global batch `batch` as text, as the model will see them. Raises UserError."""
-    if batch < 0 or rows < 1:
-        raise UserError(f"batch={batch} must be at least 0 and rows={rows} at least 1")
-    bundle, _ = _open(config_path, overrides)
-    sample = bundle.train.batch(batch)
-    shown = []
-    for row, tokens in enumerate(sample.tokens[:rows]):
-        entry: dict[str, Any] = {
-            "row": row,
-            "window": int(bundle.train.window_numbers(batch * bundle.train.batch_sequences + row, 1)[0]),
-            "tokens": len(tokens),
-            "starts": None if sample.starts is None else np.flatnonzero(sample.starts[row]).tolist(),
-            "text": _readable(bundle.tokenizer, tokens),
-        }
-        if as_json:
-            entry["token_ids"] = tokens.tolist()
-        shown.append(entry)
-    figures = {"batch": batch, "batch_rows": len(sample.tokens), "rows": shown}
-    if as_json:
-        print(json.dumps(figures, ensure_ascii=False))
-        return 0
-    from rich.console import Console
-    from rich.panel import Panel
-    from rich.text import Text
-
-    console = Console()
-    for entry in shown:
-        resets = "" if entry["starts"] is None else f", memory starts at {entry['starts']}"
-        title = f"batch {batch}, row {entry['row']} of {len(sample.tokens)}: window {entry['window']}{resets}"
-        console.print(Panel(Text(entry["text"]), title=Text(title), title_align="left"))
-    return 0
-
-
-def stats_command(config_path: str, overrides: Sequence[str] = (), as_json: bool = False) -> int:
-    """Print documents, tokens, bytes per token and the lengths of documents, for both splits. Raises UserError."""
-    bundle, splits = _open(config_path, overrides)
-    figures = {**bundle.description, "splits": {split.name: _split_figures(split) for split in splits}}
-    if as_json:
-        print(json.dumps(figures, ensure_ascii=False))
-        return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table(title="corpus", title_justify="left")
-    for column in ("", *(split.name for split in splits)):
-        table.add_column(column, justify="right" if column else "left")
-    names = [name for name in figures["splits"]["train"] if name != "length_histogram"]
-    for name in names:
-        table.add_row(name.replace("_", " "), *(_number(figures["splits"][split.name][name]) for split in splits))
-    buckets = sorted({int(least) for split in splits for least in figures["splits"][split.name]["length_histogram"]})
-    for least in buckets:
-        counts = [figures["splits"][split.name]["length_histogram"].get(str(least), 0) for split in splits]
-        table.add_row(f"documents of {least:,} to {2 * least - 1:,} tokens", *map(_number, counts))
-    console.print(table)
-    for name, value in (
-        ("tokenizer", f"{bundle.tokenizer.path} ({bundle.tokenizer.vocab_size} pieces)"),
-        ("windows of an epoch", _number(bundle.train.windows)),
-        ("epochs of the run", f"{bundle.description['epochs']:.3g}"),
-        ("cache", bundle.description["corpus"]["folder"]),
-    ):
-        console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
-    if bundle.description["cut_into_pieces_of"]:
-        console.print("few documents: held-out text is pieces of documents", highlight=False)
-    return 0
-
-
-def _open(config_path: str, overrides: Sequence[str]) -> tuple[DataBundle, list[CorpusSplit]]:
-    from data_pipelines.corpus import open_corpus
+def tokenize_command(config_path: str, overrides: Sequence[str], out: str, workers: int, as_json: bool = False) -> int:
+    """Write the text of a configuration as a token set into folder `out`. Raises UserError."""
+    from data_pipelines.tokenising import tokenise
 
     config = load_config(config_path, overrides)
-    bundle = open_data(config.data, config.train, config.seed, config.model.vocab_size)
-    if bundle.validation is not None:
-        return bundle, [bundle.train.split, bundle.validation.split]
-    corpus = open_corpus(config.data, bundle.tokenizer)
-    return bundle, [corpus.train, corpus.validation]
-
-
-def _split_figures(split: CorpusSplit) -> dict[str, Any]:
-    lengths = split.document_lengths()
-    figures: dict[str, Any] = {
-        "documents": split.documents,
-        "tokens": len(split.tokens),
-        "bytes": split.text_bytes,
-        "bytes_per_token": None,
-        "shortest": None,
-        "median": None,
-        "longest": None,
-        "length_histogram": {},
+    tokenizer = open_tokenizer(config.data, config.model.vocab_size)
+    say = _quiet if as_json else _say
+    began = time.perf_counter()
+    manifest = tokenise(config.data, tokenizer, Path(out).expanduser(), workers, say)
+    figures = {
+        "path": out,
+        "shards": len(manifest["shards"]),
+        "tokenizer": manifest["tokenizer"],
+        "splits": manifest["splits"],
+        "counts": manifest["counts"],
+        "seconds": round(time.perf_counter() - began, 1),
     }
-    if split.documents:
-        # Bucket b holds lengths of 2**b to 2**(b+1) - 1; frexp gives the exponent exactly.
-        buckets = np.frexp(lengths)[1] - 1
-        histogram = {str(1 << int(b)): int(n) for b, n in zip(*np.unique(buckets, return_counts=True), strict=True)}
-        figures |= {
-            "bytes_per_token": round(split.text_bytes / int(lengths.sum()), 4),
-            "shortest": int(lengths.min()),
-            "median": float(np.median(lengths)),
-            "longest": int(lengths.max()),
-            "length_histogram": histogram,
-        }
-    return figures
+    if as_json:
+        print(json.dumps(figures, ensure_ascii=False))
+        return 0
+    flat: dict[str, Any] = {name: figures[name] for name in ("path", "shards", "tokenizer", "seconds")}
+    for split, entry in manifest["splits"].items():
+        flat |= {f"{split} {name}": entry[name] for name in ("documents", "tokens", "bytes", "unknowns")}
+    flat |= {f"records: {name}": count for name, count in manifest["counts"].items()}
+    _print(flat, False, "token set")
+    return 0
 
 
-def _readable(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    """Text of a row with end-of-text written out; a row may begin or end inside a character."""
-    boundaries = np.flatnonzero(tokens == tokenizer.eot_id)
-    before, *documents = np.split(tokens, boundaries)
-    return tokenizer.decode(before) + "".join(END_OF_TEXT + tokenizer.decode(document) for document in documents)
+def verify_command(path: str, as_json: bool = False) -> int:
+    """Compare every file of a token set or of a cached corpus with its manifest; 2 when something is damaged."""
+    from data_pipelines.tokenset import damage, read_json, read_manifest
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"no folder {path}: name a token set, or a cached corpus (`hope data stats` shows where it is)")
+    cached = (folder / "train.offsets.npy").exists()
+    manifest = read_json(folder / "manifest.json") if cached else read_manifest(folder)
+    files = dict(manifest.get("files", {}))
+    for shard in manifest.get("shards", []):
+        for part in shard["splits"].values():
+            files |= part["files"]
+    lines = damage(folder, files, threads=len(os.sched_getaffinity(0)))
+    if as_json:
+        print(json.dumps({"path": path, "files": len(files), "damaged": lines}, ensure_ascii=False))
+    else:
+        for line in lines:
+            _say(line)
+        _say(f"{path}: {len(files)} files, {len(lines)} damaged")
+    return 2 if lines else 0
 
 
-def _number(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}"
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _quiet(line: str) -> None:
+    pass
 
 
 def _print(figures: dict[str, Any], as_json: bool, title: str) -> None:
@@ -210,5 +149,5 @@ def _print(figures: dict[str, Any], as_json: bool, title: str) -> None:
 
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in figures.items():
-        table.add_row(name.replace("_", " "), _number(value) if isinstance(value, (int, float)) else str(value))
+        table.add_row(name.replace("_", " "), number(value) if isinstance(value, (int, float)) else str(value))
     Console().print(table)

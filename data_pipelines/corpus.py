@@ -60,6 +60,11 @@ def open_corpus(data: DataConfig, tokenizer: Tokenizer) -> Corpus:
     """
     if not data.sources:
         raise UserError("data.sources is empty: name at least one path, hub data set or builtin text")
+    if any(source.selects for source in data.sources) or data.on_fault != "stop":
+        raise UserError(
+            "a cached corpus is all of its text: filters and data.on_fault=skip go with `hope data tokenize`, which "
+            "writes what is left for data.mode=indexed"
+        )
     key = {
         "format": FORMAT,
         "sources": fingerprint_sources(data.sources),

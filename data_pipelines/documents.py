@@ -14,6 +14,14 @@ class Document(NamedTuple):
     text: str
 
 
+class UnreachableError(UserError):
+    """A source cannot be reached just now (a medium, a network): trying again may help."""
+
+
+class DamagedError(UserError):
+    """A file ends or breaks where it should not: what came before is good, trying again does not help."""
+
+
 def check_text(text: str, place: str) -> str:
     """`text` itself. Raises UserError when it cannot be written as UTF-8 (a lone surrogate)."""
     try:

@@ -82,20 +82,25 @@ def load_hub(name: str, *, split: str, revision: str | None, streaming: bool, ti
     except ImportError:
         raise UserError(f"hub data set {name}: the package `datasets` is not installed") from None
     path, _, config = name.partition(":")
-    with _network(online):
+    with network(online):
         try:
             rows = datasets.load_dataset(path, config or None, split=split, revision=revision, streaming=streaming)
         except Exception as error:
             # The library raises some thirty kinds of error of several packages; none of them is a defect of ours.
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             if not online:
-                why = "is switched off by the environment" if _switched_off() else f"gave no answer in {timeout:g} s"
-                raise UserError(
-                    f"hub data set {name}: {hub_address()} {why} and the local cache has no usable copy; "
-                    "name a local folder with data.sources.N.path, or set HF_ENDPOINT"
-                ) from error
+                raise UserError(describe_missing_hub(name, timeout, "the local cache has no usable copy")) from error
             raise UserError(f"hub data set {name} (split {split}): {reason}") from error
     return rows
+
+
+def describe_missing_hub(name: str, timeout: float, more: str) -> str:
+    """One line for a hub that does not answer."""
+    why = "is switched off by the environment" if _switched_off() else f"gave no answer in {timeout:g} s"
+    return (
+        f"hub data set {name}: {hub_address()} {why} and {more}; "
+        "name a local folder with data.sources.N.path, or set HF_ENDPOINT"
+    )
 
 
 def read_hub(
@@ -131,7 +136,7 @@ def _guarded(rows: Any, name: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _network(online: bool) -> Iterator[None]:
+def network(online: bool) -> Iterator[None]:
     """Tell the hub's libraries, which look at the environment only when they are first imported, to use no network."""
     import datasets
     import huggingface_hub.constants

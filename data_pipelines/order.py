@@ -14,8 +14,8 @@ import numpy as np
 _ROUNDS = 8
 
 
-def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where each of `places` goes in the permutation of 0..size-1 that belongs to (seed, epoch).
+def permute(places: np.ndarray, size: int, seed: int, epoch: int, name: str = "") -> np.ndarray:
+    """Where each of `places` goes in the permutation of 0..size-1 that belongs to (seed, epoch, name).
 
     Args:
         places: integers in 0..size-1, any shape.
@@ -24,7 +24,8 @@ def permute(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
         int64, same shape; a bijection over all places.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+    key = f"{seed}:{epoch}:{name}" if name else f"{seed}:{epoch}"
+    digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest()
     keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     result = np.asarray(places).astype(np.uint64)
     outside = np.ones(result.shape, dtype=bool)

@@ -11,6 +11,7 @@ of the opening end-of-text tokens, the closing one last), `<split>.ids.txt` (a J
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from data_pipelines.samples import Segment
 
 SPLITS = ("train", "validation")
 FILES = tuple(f"{split}.{part}" for split in SPLITS for part in ("tokens.bin", "offsets.npy", "ids.txt"))
@@ -96,9 +99,22 @@ class CorpusSplit:
         """Tokens of each document without its end-of-text, int64 [documents]."""
         return np.diff(self.offsets) - 1
 
+    def documents_between(self, first: int, last: int) -> list[Segment]:
+        """The documents that have tokens in [first, last), positions counted from `first`."""
+        low = int(np.searchsorted(self.offsets, first, side="right")) - 1
+        high = min(int(np.searchsorted(self.offsets, last, side="left")), self.documents)
+        ids = self.document_ids()[low:high]
+        starts = np.maximum(self.offsets[low:high] - first, 0).tolist()
+        return [Segment(start, source_of(name), name) for start, name in zip(starts, ids, strict=True)]
+
     def document_ids(self) -> list[str]:
         """All ids, in order."""
         return [json.loads(line) for line in self.ids_path.read_text(encoding="utf-8").splitlines()]
+
+
+def source_of(document_id: str) -> str:
+    """The file, or the hub's data set, that a document's id begins with."""
+    return re.sub(r"(:[0-9]+)?(#[0-9]+-[0-9]+)?$", "", document_id)
 
 
 def open_split(folder: Path, name: str, vocab_size: int, counts: dict[str, Any]) -> CorpusSplit:

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from data_pipelines.documents import check_text
@@ -66,6 +67,7 @@ class Tokenizer:
             raise UserError(f"tokenizer {name}: not a SentencePiece model file ({reason})") from None
         self.vocab_size: int = self._model.get_piece_size()
         self.eot_id: int = self._model.eos_id()
+        self._unknown: int = self._model.unk_id()
         if self.eot_id < 0:
             raise UserError(f"tokenizer {name}: it has no end-of-text piece (SentencePiece's eos); train one that has")
         self._bytes = [self._piece_bytes(token) for token in range(self.vocab_size)]
@@ -108,7 +110,25 @@ class Tokenizer:
             plan.append(entries)
         encoded: list[list[int]] = self._model.encode(segments, num_threads=threads) if segments else []
         mark = self._mark or []
-        return [[token for entry in entries for token in (mark if entry < 0 else encoded[entry])] for entries in plan]
+        return [
+            encoded[entries[0]]  # Nearly every text is one segment: its list is taken as it is.
+            if len(entries) == 1 and entries[0] >= 0
+            else [token for entry in entries for token in (mark if entry < 0 else encoded[entry])]
+            for entries in plan
+        ]
+
+    def piece_bytes(self) -> np.ndarray:
+        """Bytes of text that each piece stands for, int64 [vocab_size]; their sum is a text's length in UTF-8."""
+        return np.array([len(piece) for piece in self._bytes], dtype=np.int64)
+
+    @property
+    def unknown_id(self) -> int:
+        """The unknown piece, which stands for text that has no piece and no bytes."""
+        return self._unknown
+
+    def count_unknowns(self, token_ids: Sequence[int]) -> int:
+        """How many of the tokens are the unknown piece."""
+        return token_ids.count(self._unknown)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids. End-of-text gives nothing; bytes that are not UTF-8 give U+FFFD."""

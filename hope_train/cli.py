@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look at data; train tokenizers.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data, tokenise it; train tokenizers.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
 checkpoint_app = typer.Typer(help="List, verify, prune, export and compare checkpoints.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -46,11 +46,13 @@ EXTRAS = {
     "huggingface_hub": "train",
     "py_spy": "train",
     "pyarrow": "train",
+    "rapidgzip": "train",
     "safetensors": "train",
     "zstandard": "train",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "matplotlib": "report",
+    "megatron": "megatron",
     "lm_eval": "lmeval",
     "transformers": "lmeval",
 }
@@ -260,7 +262,7 @@ def data_inspect(
 ) -> int:
     """Show the text of a batch as the model sees it."""
     chosen = check_overrides(overrides, config)
-    from data_pipelines.commands import inspect_command
+    from data_pipelines.looking import inspect_command
 
     inspect_command(config, chosen, batch, rows, as_json)
     return 0
@@ -268,12 +270,39 @@ def data_inspect(
 
 @data_app.command("stats")
 def data_stats(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> int:
-    """Count documents, bytes and tokens of a corpus."""
+    """Count documents, bytes, tokens and unknowns of each source."""
     chosen = check_overrides(overrides, config)
-    from data_pipelines.commands import stats_command
+    from data_pipelines.looking import stats_command
 
     stats_command(config, chosen, as_json)
     return 0
+
+
+@data_app.command("tokenize")
+def data_tokenize(
+    config: ConfigFile,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where to write; an interrupted one is gone on with.")],
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. Default: one for each core.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Write the text of a configuration as tokens in Megatron's indexed format, for data.mode=indexed."""
+    chosen = check_overrides(overrides, config)
+    from data_pipelines.commands import tokenize_command
+
+    return tokenize_command(config, chosen, out, workers or len(os.sched_getaffinity(0)), as_json)
+
+
+@data_app.command("verify")
+def data_verify(
+    path: Annotated[str, typer.Argument(metavar="DIR", help="A token set, or a cached corpus.")], as_json: Json = False
+) -> int:
+    """Compare every file with its manifest; exit code 2 when something is damaged."""
+    from data_pipelines.commands import verify_command
+
+    return verify_command(path, as_json)
 
 
 RunDirectory = Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]

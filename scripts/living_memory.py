@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.batches import Batch, BatchSource
+from data_pipelines.batches import Batch, WindowSource
 from data_pipelines.corpus import open_corpus
 from hope_train.checkpoint.store import load_model
 from hope_train.config.tree import RunConfig
@@ -125,7 +125,7 @@ def held_out_windows(
     length, rows = config.train.context_length, config.eval.batch_size
     if wikitext is None:
         label, split = "held-out training text", open_corpus(config.data, tokenizer).validation
-        source = BatchSource(split, length, rows, config.seed, config.data.reset_at_documents, tokenizer.eot_id)
+        source = WindowSource(split, length, rows, config.seed, config.data.reset_at_documents, tokenizer.eot_id)
         chosen = list(source.validation_batches(1, windows))
     else:
         text = read_wikitext(wikitext, "validation", config.data.hub_timeout)

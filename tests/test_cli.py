@@ -123,13 +123,13 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             ["data", "inspect", "c.yaml", "seed=3", "--batch", "7", "--rows", "1"],
-            "data_pipelines.commands",
+            "data_pipelines.looking",
             "inspect_command",
             (("c.yaml", ["seed=3"], 7, 1, False), {}),
         ),
         (
             ["data", "stats", "c.yaml", "--json"],
-            "data_pipelines.commands",
+            "data_pipelines.looking",
             "stats_command",
             (("c.yaml", [], True), {}),
         ),
@@ -260,8 +260,8 @@ def test_eval_passes_every_option_by_name(command: Callable[..., Calls]) -> None
         ("launch.site", "site_command"),
         ("launch.local", "local_command"),
         ("data_pipelines.commands", "train_tokenizer_command"),
-        ("data_pipelines.commands", "inspect_command"),
-        ("data_pipelines.commands", "stats_command"),
+        ("data_pipelines.looking", "inspect_command"),
+        ("data_pipelines.looking", "stats_command"),
     ],
 )
 def test_the_functions_behind_the_commands_exist(module: str, function: str) -> None:

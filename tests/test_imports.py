@@ -50,11 +50,21 @@ FLOORS: dict[str, float] = {
 }
 NO_TORCH = ("hope_train.config", "hope_train.plan", "hope_train.report", "hope_train.cli", "data_pipelines", "launch")
 # Imported inside the functions that need them, so that nothing else waits for them or needs them installed.
-LAZY = ("wandb", "datasets", "tensorboard", "torch.utils.tensorboard", "lm_eval", "matplotlib", "transformers")
+LAZY = (
+    "wandb",
+    "datasets",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "lm_eval",
+    "matplotlib",
+    "transformers",
+    "megatron",
+)
 # Where the name of a package is not the name one imports.
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "lm_eval": "lm-eval",
+    "megatron": "megatron-core",
     "huggingface_hub": "huggingface-hub",
     "pydantic_core": "pydantic",
 }

@@ -10,16 +10,40 @@ from hope_train.config.base import Section
 
 
 class SourceConfig(Section):
-    """One source of documents: exactly one of `path`, `hub`, `builtin`."""
+    """One source of documents: exactly one of `path`, `hub`, `builtin`, `indexed`."""
 
     path: str | None = None
-    """A local file or folder: .txt, .jsonl (each also .gz or .zst), .parquet. A folder is searched for all of them."""
+    """A local file or folder: .txt, .jsonl (each also .gz or .zst), .parquet, .arrow. A folder is searched for all."""
 
     hub: str | None = Field(None, pattern=r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
     """A data set on the Hugging Face hub, `owner/name` or `owner/name:config`."""
 
     builtin: Literal["python-docs"] | None = None
     """Text that every machine has: Python's own library sources and documentation."""
+
+    indexed: str | None = None
+    """Tokens in Megatron's format (data.mode=indexed): a folder that `hope data tokenize` wrote, a folder of
+    .bin/.idx pairs, or the common prefix of one pair."""
+
+    weight: float | None = Field(None, gt=0.0)
+    """Share of this source in the tokens trained on, relative to the other sources' weights; all sources have one or
+    none has (data.mode=indexed). null: sources count by their size."""
+
+    min_characters: int = Field(0, ge=0)
+    """Documents with fewer characters are filtered out (and counted)."""
+
+    max_characters: int | None = Field(None, ge=1)
+    """Documents with more characters are filtered out (and counted). null: no limit."""
+
+    language: tuple[str, ...] = ()
+    """Only documents whose `language_field` has one of these values. Empty: all."""
+
+    language_field: str = "language"
+    """Column or JSON key that names a document's language."""
+
+    filter: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """A Python function `package.module:function` that gets a document's columns as a dict and says whether to keep
+    it. Its module's source is part of what a resumed run compares."""
 
     split: str = "train"
     """Split of a hub data set."""
@@ -36,11 +60,18 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SourceConfig:
-        if sum(x is not None for x in (self.path, self.hub, self.builtin)) != 1:
-            raise ValueError("a source needs exactly one of path, hub, builtin")
+        if sum(x is not None for x in (self.path, self.hub, self.builtin, self.indexed)) != 1:
+            raise ValueError("a source needs exactly one of path, hub, builtin, indexed")
         if self.path is not None and not self.path.strip():
             raise ValueError("path is empty")
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError("max_characters is below min_characters: no document is left")
         return self
+
+    @property
+    def selects(self) -> bool:
+        """Whether anything is filtered out but documents without text."""
+        return bool(self.min_characters or self.max_characters or self.language or self.filter)
 
 
 class DataConfig(Section):
@@ -48,6 +79,14 @@ class DataConfig(Section):
 
     sources: tuple[SourceConfig, ...] = Field((), max_length=1000)
     """Where the training documents come from, in this order."""
+
+    mode: Literal["cached", "indexed"] = "cached"
+    """`cached`: all of the text is tokenised once into `cache_dir`. `indexed`: it has been tokenised before, by
+    `hope data tokenize` or by Megatron."""
+
+    on_fault: Literal["stop", "skip"] = "stop"
+    """What to do about a record that cannot be used (not UTF-8, not JSON, no text; a file that breaks off): stop and
+    name it, or count it and pass over it."""
 
     tokenizer: str | None = None
     """A SentencePiece model file (made by `hope data tokenizer train`)."""
@@ -66,12 +105,29 @@ class DataConfig(Section):
     hub_timeout: float = Field(5.0, gt=0.0)
     """Seconds after which an unreachable hub is given up."""
 
+    retries: int = Field(6, ge=0)
+    """How often a file that fails while it is tokenised is tried again before the work stops."""
+
+    retry_seconds: float = Field(1.0, ge=0.0)
+    """Wait before the first of these tries; each further one waits twice as long, a minute at most."""
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         seen = set()
         for source in self.sources:
-            place = (source.path, source.hub, source.builtin, source.split, source.text_field)
+            name = source.path or source.hub or source.builtin or source.indexed
+            place = (source.path, source.hub, source.builtin, source.indexed, source.split, source.text_field)
             if place in seen:
-                raise ValueError(f"source {source.path or source.hub or source.builtin} is listed twice")
+                raise ValueError(f"source {name} is listed twice")
             seen.add(place)
+            if (source.indexed is not None) != (self.mode == "indexed"):
+                key = "indexed needs" if source.indexed is not None else "has text, which does not go with"
+                raise ValueError(f"source {name} {key} data.mode=indexed (mode is {self.mode})")
+            if source.indexed is not None and (source.selects or source.max_bytes):
+                raise ValueError(f"source {name} is tokenised already: filters and max_bytes belong to its text")
+        weighted = {source.weight is not None for source in self.sources}
+        if len(weighted) > 1:
+            raise ValueError("some sources have a weight and some have none: give all of them one, or none")
+        if weighted == {True} and self.mode == "cached":
+            raise ValueError("weights need data.mode=indexed: a cached corpus is all of its text")
         return self

@@ -316,6 +316,7 @@ def data_identity(config: RunConfig, data: DataBundle) -> dict[str, Any]:
         "batch_sequences": data.train.batch_sequences,
         "reset_at_documents": data.train.reset_at_documents,
         "seed": config.seed,
+        **data.identity,
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.batches import BatchSource, open_data, validation_batches
+from data_pipelines.batches import WindowSource, open_data
 from data_pipelines.pack import CorpusSplit
 from data_pipelines.tokenizer import Tokenizer
 from hope_train.config.data import DataConfig
@@ -23,12 +23,12 @@ EOT = 1
 
 def make_source(
     tokens: int, length: int = 7, rows: int = 12, seed: int = 3, reset: bool = False, every: int = 10
-) -> BatchSource:
+) -> WindowSource:
     """A split whose token at place p is p + 2, but end-of-text at each multiple of `every`."""
     values = np.arange(tokens, dtype=np.uint32) + 2
     values[::every] = EOT
     split = CorpusSplit("train", values, np.arange(0, tokens, every), tokens // every, tokens, Path("none"))
-    return BatchSource(split, length, rows, seed, reset, EOT)
+    return WindowSource(split, length, rows, seed, reset, EOT)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12])
@@ -137,7 +137,7 @@ def test_batches_end_where_their_samples_have_no_number() -> None:
 
 def test_validation_takes_the_text_in_order_and_all_of_it() -> None:
     source = make_source(200, rows=4, reset=True)
-    batches = list(validation_batches(source, rows=5))
+    batches = list(source.validation_batches(rows=5))
     assert [len(batch.tokens) for batch in batches] == [5, 5, 5, 5, 5, 3]
     targets = np.concatenate([batch.targets for batch in batches]).ravel()
     assert np.array_equal(targets, source.split.tokens[1 : 28 * 7 + 1])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipelines.commands import inspect_command, stats_command, train_tokenizer_command
+from data_pipelines.commands import train_tokenizer_command
+from data_pipelines.looking import inspect_command, stats_command
 from data_pipelines.tokenizer import Tokenizer
 from hope_train.config.data import DataConfig
 from hope_train.errors import UserError

@@ -1,0 +1,15 @@
+"""Filters by dotted name, as a configuration gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def no_rhythm(row: dict[str, Any]) -> bool:
+    """Documents that do not say `rhythm`."""
+    return "rhythm" not in row["text"]
+
+
+def broken(row: dict[str, Any]) -> bool:
+    """Fails on every document."""
+    return bool(row["nothing of the kind"])
