@@ -93,13 +93,15 @@ def planned_runs(
     lr_power: float,
     overrides: Sequence[str],
     twin_overrides: Sequence[str] = (),
+    ones: bool = True,
 ) -> list[Run]:
-    """All runs, seed by seed, so that an unfinished set has whole comparisons.
+    """All runs, seed by seed, so that an unfinished set has whole comparisons; without `ones` those of all periods 1
+    are left out.
 
     `twin_overrides` come last in the twin's runs: it may need another learning rate.
     """
     settings = load_config(config, overrides)
-    variants = {"/".join(map(str, each)): each for each in (periods, [1] * len(periods))}
+    variants = {"/".join(map(str, each)): each for each in ((periods, [1] * len(periods)) if ones else (periods,))}
     levels = {name: with_periods(settings, each, lr_power) for name, each in variants.items()}
     runs = []
     for seed in seeds:
@@ -218,13 +220,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--twin", help="the configuration to compare with")
     parser.add_argument("--twin-overrides", nargs="+", default=[], help="key=value, for the twin besides")
     parser.add_argument("--periods", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--without-ones", action="store_true", help="leave out the runs with all periods 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lr-power", type=float, default=0.25, help="lr_scale = period^this (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
     chosen = parser.parse_intermixed_args(arguments)
     try:
         sizes = chosen.periods, chosen.seeds, chosen.lr_power
-        runs = planned_runs(chosen.config, chosen.twin, *sizes, chosen.overrides, chosen.twin_overrides)
+        more = chosen.overrides, chosen.twin_overrides, not chosen.without_ones
+        runs = planned_runs(chosen.config, chosen.twin, *sizes, *more)
         chosen.out.mkdir(parents=True, exist_ok=True)
         finished = {(row["variant"], row["seed"]) for row in read_results(chosen.out)}
         for run in runs:

@@ -63,9 +63,11 @@ def eval_command(
     from hope_train.parallel.team import SharedError, Team
 
     adopt_step(os.environ)
+    asked = {"wikitext": wikitext, "protocols": list(protocols) or None, "stateful": stateful or None, "pages": pages}
+    asked = {key: value for key, value in asked.items() if value is not None}
 
     def measure() -> int:
-        return _eval(run, overrides, wikitext, split, protocols, context_length, stateful, pages, as_json)
+        return _eval(run, overrides, asked, split, context_length, as_json)
 
     try:
         return Team(process_rank(), world_size()).alike(measure)
@@ -74,17 +76,9 @@ def eval_command(
 
 
 def _eval(
-    run: str,
-    overrides: Sequence[str],
-    wikitext: str | None,
-    split: str,
-    protocols: Sequence[str],
-    context_length: int | None,
-    stateful: bool,
-    pages: int | None,
-    as_json: bool,
+    run: str, overrides: Sequence[str], asked: dict[str, Any], split: str, context_length: int | None, as_json: bool
 ) -> int:
-    """`eval_command` of one process of the job. Raises UserError."""
+    """`eval_command` of one process of the job; `asked`: keys of the `eval` section. Raises UserError."""
     chosen = allowed_overrides(overrides, _FREE, "hope eval")
     from hope_train.checkpoint.spread import load_on_mesh
     from hope_train.parallel.mesh import close_mesh
@@ -97,8 +91,7 @@ def _eval(
     tree = loaded.config.model_dump(mode="json")
     tree["eval"]["pages"] = None  # The loop may make do with a part; here all is meant unless a part is asked for.
     tree = merge(tree, chosen)
-    asked = {"wikitext": wikitext, "protocols": list(protocols) or None, "stateful": stateful or None, "pages": pages}
-    tree["eval"].update({key: value for key, value in asked.items() if value is not None})
+    tree["eval"].update(asked)
     config = validate(RunConfig, tree, origin=run)
 
     tokenizer = checkpoint_tokenizer(run, config, manifest.tokenizer)

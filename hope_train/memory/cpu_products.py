@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def wanted() -> bool:
 @functools.lru_cache(maxsize=1)
 def load() -> bool:
     """Build (once per machine and version, a few seconds) and register `torch.ops.hope.bmm`. False: not available here,
-    and the compiler's own products are used."""
+    and the compiler's own products are used; where they would be slower, a line on standard error says so."""
     if not wanted():
         return False
     from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
@@ -64,7 +65,9 @@ def load() -> bool:
                 subprocess.run(command, check=True, capture_output=True)
                 unfinished.replace(library)
         torch.ops.load_library(str(library))
-    except (OSError, subprocess.CalledProcessError, RuntimeError):
+    except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once on a machine
+            print(f"warning: {_reason(error)}: the memories use the library's slower products", file=sys.stderr)
         return False
     torch.library.register_fake("hope::bmm", _shape)
     torch.library.register_fake("hope::unit_lower_inverse", torch.empty_like)
@@ -72,6 +75,15 @@ def load() -> bool:
     global READY
     READY = True
     return True
+
+
+def _reason(error: Exception) -> str:
+    """In a line: what kept the kernel from being built or loaded."""
+    if isinstance(error, subprocess.CalledProcessError):
+        said = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {error.returncode}"]
+        first = next((line for line in said if "error" in line), said[0])
+        return f"{error.cmd[0]} cannot build {SOURCE.name} ({first.strip()[:200]})"
+    return f"{SOURCE.name} cannot be built or loaded ({' '.join(str(error).split())[:200]})"
 
 
 def inverts(lower: Tensor) -> bool:

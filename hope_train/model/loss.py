@@ -12,10 +12,15 @@ IGNORED = -100
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are made in the forward pass, chunk by chunk: no logits are kept and none are computed twice."""
+    """Gradients are made in the forward pass, chunk by chunk: no logits are kept and none are computed twice.
+
+    `weight_VD` may be a part of the output matrix, of which `vocabulary` knows the other parts: the sum is then over
+    the whole vocabulary all the same, and the gradient of x is this part's share of it."""
 
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk: int, vocabulary: Vocabulary
+    ) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         low = torch.get_autocast_dtype(x_MD.device.type) if torch.is_autocast_enabled(x_MD.device.type) else x_MD.dtype
         wide = torch.float64 if x_MD.dtype == torch.float64 else torch.float32
@@ -28,13 +33,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 rows = slice(first, first + chunk)
                 x_CD, target_C = x_MD[rows].to(low), target_M[rows]
                 scored_C = target_C != IGNORED
-                index_C1 = target_C.where(scored_C, 0)[:, None]
                 logits_CV = (x_CD @ weight_low_VD.mT).to(wide)
-                lse_C1 = logits_CV.logsumexp(1, keepdim=True)
-                total += ((lse_C1 - logits_CV.gather(1, index_C1))[:, 0] * scored_C).sum()
+                lse_C, logit_C, index_C1, here_C1 = vocabulary.statistics(logits_CV, target_C)
+                total += ((lse_C - logit_C) * scored_C).sum()
                 if need_x or need_weight:
-                    d_CV = logits_CV.sub_(lse_C1).exp_()
-                    d_CV.scatter_add_(1, index_C1, torch.full_like(lse_C1, -1.0))
+                    d_CV = logits_CV.sub_(lse_C[:, None]).exp_()
+                    d_CV.scatter_add_(1, index_C1, -here_C1.to(wide))
                     d_low_CV = d_CV.mul_(scored_C[:, None]).to(low)
                     if dx_MD is not None:
                         dx_MD[rows] = (d_low_CV @ weight_low_VD).to(dx_MD.dtype)
@@ -53,6 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if dweight_VD is None else dweight_VD * grad.to(dweight_VD.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -62,8 +67,7 @@ def chunked_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, target_BT: Tensor, c
     At most `chunk` rows of logits exist at a time. Under autocast the products are in its dtype, the softmax in fp32.
     Targets equal to -100 are not scored. Differentiable once, with respect to x and weight.
     """
-    total: Tensor = _ChunkedCrossEntropy.apply(x_BTD.flatten(0, 1), weight_VD, target_BT.flatten(), chunk)
-    return total
+    return WHOLE_VOCABULARY.sum_nll(x_BTD, weight_VD, target_BT, chunk)
 
 
 def token_nll(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk: int = 1024) -> Tensor:
@@ -71,17 +75,17 @@ def token_nll(x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk: int = 10
 
     At most `chunk` rows of logits exist at a time. Under autocast the products are in its dtype, the softmax is not.
     """
-    parts = [
-        logits_nll(torch.nn.functional.linear(x_MD[first : first + chunk], weight_VD), target_M[first : first + chunk])
-        for first in range(0, x_MD.shape[0], chunk)
-    ]
-    return torch.cat(parts) if parts else x_MD.new_zeros(0)
+    return WHOLE_VOCABULARY.nll(x_MD, weight_VD, target_M, chunk)
 
 
 def logits_nll(logits: Tensor, target: Tensor) -> Tensor:
     """-log softmax(logits)[target]: [..., V] and [...] -> [...], in fp32 at least."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = _wide(logits)
     return logits.logsumexp(-1) - logits.gather(-1, target[..., None])[..., 0]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class Vocabulary:
@@ -94,11 +98,27 @@ class Vocabulary:
 
     def sum_nll(self, x_BTD: Tensor, weight_VD: Tensor, target_BT: Tensor, chunk: int) -> Tensor:
         """`chunked_cross_entropy`."""
-        return chunked_cross_entropy(x_BTD, weight_VD, target_BT, chunk)
+        arguments = x_BTD.flatten(0, 1), weight_VD, target_BT.flatten(), chunk, self
+        total: Tensor = _ChunkedCrossEntropy.apply(*arguments)
+        return total
 
     def nll(self, x_MD: Tensor, weight_VD: Tensor, target_M: Tensor, chunk: int) -> Tensor:
         """`token_nll`."""
-        return token_nll(x_MD, weight_VD, target_M, chunk)
+        parts = []
+        for first in range(0, x_MD.shape[0], chunk):
+            rows = slice(first, first + chunk)
+            logits_CV = _wide(torch.nn.functional.linear(x_MD[rows], weight_VD))
+            lse_C, logit_C, _, _ = self.statistics(logits_CV, target_M[rows])
+            parts.append(lse_C - logit_C)
+        return torch.cat(parts) if parts else x_MD.new_zeros(0)
+
+    def statistics(self, logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a softmax over the whole vocabulary needs of the logits that are here: (log-sum-exp over the whole
+        vocabulary [C], the target's logit [C], the target's place among those here [C, 1] or 0, whether it is here
+        [C, 1]). A target that is no piece (-100) is nowhere and has the logit 0."""
+        here_C = target_C != IGNORED
+        index_C1 = target_C.where(here_C, 0)[:, None]
+        return logits_CV.logsumexp(1), logits_CV.gather(1, index_C1)[:, 0] * here_C, index_C1, here_C[:, None]
 
 
 WHOLE_VOCABULARY = Vocabulary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -100,18 +101,45 @@ def test_refuses_what_it_cannot_do(a: Tensor, b: Tensor) -> None:
         torch.ops.hope.unit_lower_inverse(torch.zeros(2, 8, 8))
 
 
-def test_a_machine_without_it_uses_the_compilers_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Another processor, or no C++ compiler: nothing is built, nothing fails."""
+@pytest.fixture
+def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """As on a machine where nothing has been built yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu_products.load.cache_clear()
+    yield
+    cpu_products.load.cache_clear()
+
+
+@pytest.mark.usefixtures("afresh")
+def test_another_processor_uses_the_compilers_products(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cpu_products, "wanted", lambda: False)
     assert not cpu_products.load()
-    cpu_products.load.cache_clear()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("compiler", ["missing", "broken"])
+def test_without_a_compiler_that_works_a_line_says_so_once(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'a.cpp: in f' >&2\necho 'a.cpp:3: fatal error: no headers' >&2\nexit 1\n")
+    broken.chmod(0o755)
     monkeypatch.setattr(cpu_products, "wanted", lambda: True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(tmp_path / "missing"))
+    monkeypatch.setenv("CXX", str(tmp_path / compiler))
     assert not cpu_products.load()
-    monkeypatch.undo()
+    assert not cpu_products.load()
+    out, error = capfd.readouterr()
+    assert (out, error.count("\n")) == ("", 1)
+    assert error.startswith("warning: ")
+    assert "the memories use the library's slower products" in error
+    assert ("a.cpp:3: fatal error: no headers" if compiler == "broken" else "missing") in error
     cpu_products.load.cache_clear()
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the first rank of this machine has said it
+    assert not cpu_products.load()
+    assert capfd.readouterr() == ("", "")
 
 
 @needs_kernel

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.horizon import main
+from tests.scripts.refusal import assert_refused
 from tests.scripts.test_living_memory import runs
 
 __all__ = ["runs"]  # the fixture: runs of 9 steps, `hope` and `transformer_pp`
@@ -45,7 +46,4 @@ def test_mistakes(
     runs: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs)
-    assert main([*arguments, "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert_refused(main, [*arguments, "--device", "cpu"], message, capsys)

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from data_pipelines.batches import Batch
-from data_pipelines.tokenizer_training import train_tokenizer
 from hope_train.config.load import validate
 from hope_train.config.tree import RunConfig
 from hope_train.levels.build import build_optimizer
 from hope_train.model.hope import HopeModel, build_model
 from scripts.living_memory import main, worth_of_writes
-from tests.train.tiny import TRANSFORMER, Tiny, write_config
+from tests.scripts.refusal import assert_refused
+from tests.train.tiny import TRANSFORMER, Tiny, write_config, write_corpus
 
 LENGTH = 128
 
@@ -28,20 +28,9 @@ LENGTH = 128
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs of 9 steps: `hope`, and `transformer_pp`."""
     folder = tmp_path_factory.mktemp("runs")
-    generator = np.random.default_rng(0)
-    words = ["river", "stone", "lamp", "green", "walked", "under", "seven", "quietly", "the", "a", "of", "into"]
-    texts = [" ".join(generator.choice(words, 40)) + "\n" for _ in range(200)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    tokenizer = train_tokenizer(texts, folder / "tiny.model", 300)
-    data = {
-        "sources": [{"path": str(folder / "text.jsonl")}],
-        "tokenizer": tokenizer.path,
-        "validation_fraction": 0.1,
-        "cache_dir": str(folder / "cache"),
-    }
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("HOPE_WIKITEXT", raising=False)
-        tiny = Tiny(folder, write_config(folder / "tiny.yaml", data))
+        tiny = Tiny(folder, write_config(folder / "tiny.yaml", write_corpus(folder)))
         assert tiny.train("hope") == 0
         assert tiny.train("transformer_pp", *tiny.model("transformer_pp")) == 0
     assert TRANSFORMER["arch"] == "transformer_pp"
@@ -96,10 +85,7 @@ def test_mistakes(
     runs: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs)
-    assert main([*arguments, "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert_refused(main, [*arguments, "--device", "cpu"], message, capsys)
 
 
 # A trained model

@@ -10,32 +10,21 @@ import pytest
 import torch
 
 from data_pipelines.batches import Batch
-from data_pipelines.tokenizer_training import train_tokenizer
 from hope_train.config.load import load_config, validate
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.levels.schedule import level_of
 from hope_train.model.hope import HopeModel, build_model
 from scripts.periods import initial_weights, learned, main, planned_runs, rise_by_level, with_periods
-from tests.train.tiny import write_config
+from tests.scripts.refusal import assert_refused
+from tests.train.tiny import write_config, write_corpus
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration of 9 steps with levels of periods 1, 2 and 4, and a corpus."""
     folder = tmp_path_factory.mktemp("periods")
-    generator = np.random.default_rng(0)
-    words = ["river", "stone", "lamp", "green", "walked", "under", "seven", "quietly", "the", "a", "of", "into"]
-    texts = [" ".join(generator.choice(words, 40)) + "\n" for _ in range(200)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    tokenizer = train_tokenizer(texts, folder / "tiny.model", 300)
-    data = {
-        "sources": [{"path": str(folder / "text.jsonl")}],
-        "tokenizer": tokenizer.path,
-        "validation_fraction": 0.1,
-        "cache_dir": str(folder / "cache"),
-    }
-    return write_config(folder / "tiny.yaml", data)
+    return write_config(folder / "tiny.yaml", write_corpus(folder))
 
 
 def test_only_periods_and_learning_rates_change(config: Path) -> None:
@@ -63,6 +52,8 @@ def test_the_runs_share_all_but_model_and_seed(config: Path, tmp_path: Path) -> 
     assert [run.name for run in runs] == [
         *("1-2-8-seed0", "1-1-1-seed0", "twin-seed0", "1-2-8-seed5", "1-1-1-seed5", "twin-seed5"),
     ]
+    fewer = planned_runs(str(config), None, [1, 2, 8], [0, 5], 0.0, [], ones=False)
+    assert [run.name for run in fewer] == ["1-2-8-seed0", "1-2-8-seed5"]
     configs = [load_config(arguments[0], arguments[1:]) for arguments in (run.arguments(tmp_path) for run in runs)]
     assert [each.seed for each in configs] == [0, 0, 0, 5, 5, 5]
     assert {each.train.tokens for each in configs} == {9 * 128}
@@ -167,7 +158,5 @@ def test_a_small_set_and_the_same_command_again(
 def test_mistakes(
     config: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(config), "--out", str(tmp_path / "out"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error
+    assert_refused(main, [str(config), "--out", str(tmp_path / "out"), *arguments], message, capsys)
     assert not (tmp_path / "out").exists()

@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_pipelines.tokenizer_training import train_tokenizer
-from tests.train.tiny import Tiny, write_config
-
-WORDS = (
-    "river",
-    "stone",
-    "lamp",
-    "green",
-    "walked",
-    "under",
-    "seven",
-    "quietly",
-    "the",
-    "a",
-    "of",
-    "into",
-    "été",
-    "x =",
-)
+from tests.train.tiny import Tiny, write_config, write_corpus
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The data section of a corpus of some 10,000 tokens under a tokenizer of 300 pieces."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    texts = [" ".join(rng.choice(WORDS) for _ in range(rng.randint(20, 60))) + "\n" for _ in range(200)]
-    text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts), encoding="utf-8")
-    tokenizer = train_tokenizer(texts, folder / "tiny.model", 300)
-    return {
-        "sources": [{"path": str(text)}],
-        "tokenizer": tokenizer.path,
-        "validation_fraction": 0.1,
-        "cache_dir": str(folder / "cache"),
-    }
+    """The data section of a small corpus with its tokenizer: see `write_corpus`."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

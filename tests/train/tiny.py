@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from data_pipelines.tokenizer_training import train_tokenizer
 from hope_train.checkpoint.manifest import CHECKPOINTS, is_trimmed, list_checkpoints, step_name, verify
 from hope_train.checkpoint.tensors import entries, load_set
 from hope_train.train.run import train_command
@@ -29,6 +31,26 @@ HOPE = {
 }
 TRANSFORMER = {"arch": "transformer_pp", "mlp_width": 48}
 MODELS = {"hope": HOPE, "transformer_pp": TRANSFORMER}
+
+WORDS = (
+    *("river", "stone", "lamp", "green", "walked", "under", "seven", "quietly", "the", "a", "of", "into"),
+    *("été", "x ="),
+)
+
+
+def write_corpus(folder: Path) -> dict[str, Any]:
+    """The data section of a corpus of some 10,000 tokens under a tokenizer of 300 pieces."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choice(WORDS) for _ in range(rng.randint(20, 60))) + "\n" for _ in range(200)]
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts), encoding="utf-8")
+    tokenizer = train_tokenizer(texts, folder / "tiny.model", 300)
+    return {
+        "sources": [{"path": str(text)}],
+        "tokenizer": tokenizer.path,
+        "validation_fraction": 0.1,
+        "cache_dir": str(folder / "cache"),
+    }
 
 
 def write_config(path: Path, data: dict[str, Any], **more: Any) -> Path:
