@@ -92,7 +92,8 @@ class TrainConfig(Section):
     Compiling takes a minute or two on a CPU and pays after some minutes of training."""
 
     compile_budget: float = Field(1.0, ge=0.0, le=1.0)
-    """compile: share of the memories' activations kept for backward; the rest is computed again, cheapest first."""
+    """compile: share of the memories' activations kept for backward; the rest is computed again, cheapest first.
+    (Where a whole chunk is one kernel, on AMD processors with AVX-512, nothing is kept, whatever this says.)"""
 
     loss_chunk: int = Field(1024, ge=1)
     """Tokens whose logits exist at a time in the cross-entropy."""

@@ -1,9 +1,10 @@
-"""Our own kernels for the small batched products (and inverses) of the memories, where the library's are slow.
+"""Our own kernels for the memories on processors where the library's small products are slow: built, registered.
 
 MKL takes its AVX2 path on AMD processors, also on those with full-width AVX-512: there the kernel in cpu_products.cpp
-computes batches of 64 x 64 products more than twice as fast (docs/benchmarks). Only compiled chunk functions use it,
-in float32: a pass over the compiler's graph puts it in the place of `aten::bmm`. Whether it is used depends on the
-processor alone, not on a timing, so that a run resumes to the same bits on the same machine.
+computes batches of 64 x 64 products more than twice as fast (docs/benchmarks). Only compiled chunk functions use it, in
+float32: a pass over the compiler's graph puts it in the place of `aten::bmm`. `cpu_piece` is a whole chunk as one
+kernel. Whether they are used depends on the processor and the configuration, not on a timing, so that a run resumes to
+the same bits on the same machine.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("cpu_products.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_products.cpp", "cpu_piece.cpp"))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("cpu_*.h")))
 READY = False
 """Whether the kernels have been loaded: what the traced functions ask."""
 
@@ -48,9 +50,8 @@ def load() -> bool:
 
     flags = ["-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-shared", "-fPIC", "-fopenmp"]
     # -march=native: a home directory may be shared by machines with other processors.
-    key = hashlib.sha256(
-        "\n".join([SOURCE.read_text(encoding="utf-8"), torch.__version__, _processor(), *flags]).encode()
-    ).hexdigest()[:16]
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
+    key = hashlib.sha256("\n".join([*texts, torch.__version__, _processor(), *flags]).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hope_train"
     library = folder / f"cpu_products_{key}.so"
     try:
@@ -61,8 +62,10 @@ def load() -> bool:
                 includes = [word for path in include_paths() for word in ("-isystem", path)]
                 abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
                 links = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
-                command = [get_cxx_compiler(), *flags, abi, *includes, str(SOURCE), "-o", str(unfinished), *links]
-                subprocess.run(command, check=True, capture_output=True)
+                command = [get_cxx_compiler(), *flags, abi, *includes, "-x", "c++", "-", "-o", str(unfinished), *links]
+                # as one unit: torch's headers take most of the time
+                unit = "".join(f'#include "{path}"\n' for path in SOURCES)
+                subprocess.run(command, check=True, capture_output=True, input=unit.encode())
                 unfinished.replace(library)
         torch.ops.load_library(str(library))
     except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
@@ -82,8 +85,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         said = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {error.returncode}"]
         first = next((line for line in said if "error" in line), said[0])
-        return f"{error.cmd[0]} cannot build {SOURCE.name} ({first.strip()[:200]})"
-    return f"{SOURCE.name} cannot be built or loaded ({' '.join(str(error).split())[:200]})"
+        return f"{error.cmd[0]} cannot build {SOURCES[0].name} ({first.strip()[:200]})"
+    return f"{SOURCES[0].name} cannot be built or loaded ({' '.join(str(error).split())[:200]})"
 
 
 def inverts(lower: Tensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hope_train.report.runs import Run, eval_label, figure_name, is_partial, is_wikitext
-from hope_train.report.summary import PUBLISHED, PUBLISHED_SIZE, best_word_ppl
+from hope_train.report.summary import PUBLISHED, PUBLISHED_SIZE, best_word_ppl, plain_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +113,7 @@ def word_ppl_figure(runs: Sequence[Run]) -> Figure | None:
     for rank, (value, at, colour) in enumerate(sorted(ends)):
         below = rank == 0 and len(ends) > 1  # the lowest end is labelled below, so that two close ones do not collide
         axes.annotate(
-            f"{value:,.4g}",
+            plain_number(float(value)),
             (at, value),
             xytext=(0, -9 if below else 9),
             textcoords="offset points",
@@ -139,7 +139,8 @@ def word_ppl_figure(runs: Sequence[Run]) -> Figure | None:
                 color="0.3",
             )
         values += [*published.values()]
-    axes.set_ylim(min(values) / 1.35, max(values) * 1.35)
+    margin = max(1.35, (max(values) / min(values)) ** 0.07)  # for the labels of the lowest and the highest line
+    axes.set_ylim(min(values) / margin, max(values) * margin)
     _plain_log_ticks(axes)
     names = {figure_name(row) for run in runs for rows in run.eval_series("word_ppl").values() for row in rows}
     axes.set_ylabel(f"{' / '.join(sorted(names, key=len))} (log)")
@@ -324,11 +325,11 @@ def _plain_log_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
     narrow = high / max(low, 1e-30) < 1e3
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(float(value))))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain_number(float(value))))

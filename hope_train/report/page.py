@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hope_train.report.runs import PERPLEXITIES, Run, eval_label
-from hope_train.report.summary import FINAL_STEPS, PUBLISHED, PUBLISHED_TITLE, Summary
+from hope_train.report.summary import FINAL_STEPS, PUBLISHED, PUBLISHED_TITLE, Summary, plain_number
 
 CAPTIONS = {
     "loss": "Thin: each logged step. Thick: centred mean over 2% of the run. Hollow markers: held-out text.",
@@ -140,7 +140,7 @@ def _last_evaluations(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return plain_number(value)
 
 
 def _gib(value: int | None) -> str:

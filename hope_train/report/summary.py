@@ -104,6 +104,13 @@ def best_word_ppl(run: Run) -> Row | None:
     )
 
 
+def plain_number(value: float) -> str:
+    """With commas and without powers of ten: `14.39`, `422,630`."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
+
+
 def stop_reason(run: Run) -> str:
     """Why the run stopped, from its marker file."""
     if run.stopped is None:

@@ -79,6 +79,25 @@ def _published(folder):
     return {number for number in ("14.39", "17.92") if number in texts}
 
 
+@pytest.mark.parametrize("first", [40.0, 25_313_425.3])
+def test_labels_of_a_wide_range_stand_inside_the_axes(make_run, synthetic, first):
+    """A model that has hardly learned is six orders of magnitude away from the published lines."""
+    folder = make_run(steps=10)
+    lines = [synthetic.eval_line(step, 10) | {"word_ppl": value} for step, value in ((1, first), (10, first / 60 + 20))]
+    synthetic.write_lines(folder / "eval.jsonl", lines)
+    figure = figures.word_ppl_figure([read_run(folder)])
+    assert figure is not None
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    box = axes.get_window_extent()
+    assert any("Hope" in text.get_text() for text in axes.texts)
+    for text in axes.texts:
+        inside = text.get_window_extent()
+        assert box.y0 <= inside.y0 < inside.y1 <= box.y1, text.get_text()
+        assert "e+" not in text.get_text()
+    assert not any("e+" in label.get_text() for label in axes.get_yticklabels())
+
+
 def test_no_published_line_on_other_plots(make_run):
     drawn = figures.draw_all([read_run(make_run(steps=10))])
     for stem, figure in drawn.items():
