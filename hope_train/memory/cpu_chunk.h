@@ -38,7 +38,7 @@ struct Changes {
 
 // What is known of one box inside a chunk: [C, E] and [C, N] (one column for eta and alpha).
 struct Box {
-  float *at_k, *h, *slope, *at_v, *hv, *back, *b2;  // E
+  float *at_k, *gate, *h, *slope, *gate_v, *hv, *back, *b2;  // E; gates: sigmoids at k and v
   float *y, *g, *b1, *r;                            // N or 1
   float *a, *system, *rate, *squares;               // A = ratio (h . h), (I + rate A)^-1
 };
@@ -112,12 +112,20 @@ class Chunk {
   // Targets, gradients and writes of box p.
   Box box(int p) {
     Box x;
-    for (float** part : {&x.at_k, &x.h, &x.slope, &x.at_v, &x.hv, &x.back, &x.b2}) *part = arena.take(C * E);
+    for (float** part : {&x.at_k, &x.gate, &x.h, &x.slope, &x.gate_v, &x.hv, &x.back, &x.b2})
+      *part = arena.take(C * E);
     x.a = arena.take(C * C), x.rate = arena.take(C), x.squares = arena.take(C);
     multiply<false>(C, E, N, k, N, 1, now.w2_turned[p], x.at_k);
-    multiply<false>(C, E, N, v, N, 1, now.w2_turned[p], x.at_v);
-    activate(x.at_k, x.h, x.slope);
-    each(C, E, [&](int64_t, int64_t i) { store(x.hv + i, load(x.at_v + i) * sigmoid(load(x.at_v + i))); });
+    multiply<false>(C, E, N, v, N, 1, now.w2_turned[p], x.hv);
+    each(C, E, [&](int64_t, int64_t i) {
+      const Vector at = load(x.at_k + i), gate = sigmoid(at), out = at * gate;
+      store(x.gate + i, gate);
+      store(x.h + i, out);
+      store(x.slope + i, gate + out * (1.0f - gate));
+      const Vector at_v = load(x.hv + i), gate_v = sigmoid(at_v);
+      store(x.gate_v + i, gate_v);
+      store(x.hv + i, at_v * gate_v);
+    });
     const float factor = rule.factor;
     if (p < SCALARS) {
       for (float** part : {&x.y, &x.g, &x.b1, &x.r}) *part = arena.take(C);
@@ -297,7 +305,7 @@ class Chunk {
   // For the backward.
   float* zeros(int64_t floats);
   static void negate(int64_t floats, const float* from, float* to);
-  static Vector bend(Vector x);
+  static Vector bend(Vector x, Vector gate);
   void normalise_backward(const float* out, const float* inverse, const float* d_out, float* d_x);
   void unsettle(const float* d_clamped, const float* clamped, const float* from, const float* start, int64_t size,
                 float kept, float factor, float init_norm, float* d_new, float* d_now, float* d_init);

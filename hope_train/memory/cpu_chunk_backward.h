@@ -76,7 +76,7 @@ inline void Chunk::box_backward(int p, const Box& x, const Weights& after_chunk,
   for (int64_t t = 0; t < C; t++) d_previous[t] += dot(d_b + t * E, moved2 + t * E, E);
   each(C, E, [&](int64_t t, int64_t i) {
     const Vector d = load(d_b + i);
-    store(d_pre + i, previous[t] * d + d * load(x.back + i) * bend(load(x.at_k + i)));
+    store(d_pre + i, previous[t] * d + d * load(x.back + i) * bend(load(x.at_k + i), load(x.gate + i)));
     store(d_back + i, d * load(x.slope + i));
     store(scaled + i, (1.0f - previous[t]) * d);
   });
@@ -149,8 +149,8 @@ inline void Chunk::box_backward(int p, const Box& x, const Weights& after_chunk,
   }
   each(C, E, [&](int64_t, int64_t i) {
     store(d_pre + i, load(d_pre + i) + load(d_hidden + i) * load(x.slope + i));
-    const Vector at_v = load(x.at_v + i), gate = sigmoid(at_v), value = at_v * gate;
-    store(d_hidden_v + i, load(d_hidden_v + i) * (gate + value * (1.0f - gate)));
+    const Vector gate = load(x.gate_v + i), slope_v = gate + load(x.hv + i) * (1.0f - gate);
+    store(d_hidden_v + i, load(d_hidden_v + i) * slope_v);
   });
   multiply<true>(C, N, E, d_pre, E, 1, now.w2 + at, d_k);
   outer_sum(C, E, N, d_pre, k, given.w2 + at);
@@ -222,8 +222,8 @@ inline void Chunk::negate(int64_t floats, const float* from, float* to) {
 }
 
 // The slope's slope.
-inline Vector Chunk::bend(Vector x) {
-  const Vector gate = sigmoid(x), turn = gate * (1.0f - gate);
+inline Vector Chunk::bend(Vector x, Vector gate) {
+  const Vector turn = gate * (1.0f - gate);
   return turn * (2.0f + x * (1.0f - 2.0f * gate));
 }
 

@@ -55,7 +55,11 @@ inline Vector exponential(Vector x) {
   return reinterpret_cast<Vector>(_mm512_scalef_ps(sum, n));
 }
 
-inline Vector sigmoid(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
+inline Vector sigmoid(Vector x) {
+  // a reciprocal to 14 bits and a step of Newton's, several times faster than a division and as exact
+  const Vector sum = 1.0f + exponential(-x), guess = reinterpret_cast<Vector>(_mm512_rcp14_ps(reinterpret_cast<__m512>(sum)));
+  return guess * (2.0f - sum * guess);
+}
 
 // out (or with ADD: out plus) a b for dense matrices: [rows, inner] [inner, columns]; b and out are contiguous.
 template <bool ADD>
