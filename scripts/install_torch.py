@@ -77,23 +77,25 @@ def installed_version() -> str | None:
         return None
 
 
-def main() -> int:
-    """Install if need be; pip's exit code."""
+def main(arguments: Sequence[str] = ()) -> int:
+    """Install if need be; pip's exit code. `arguments`: a version in place of the pinned one, with whatever packages
+    it wants (for scripts/lock.sh)."""
     constraints = Path(__file__).resolve().parent.parent / "constraints.txt"
-    version = pinned_version(constraints.read_text(encoding="utf-8"))
+    version = arguments[0] if arguments else pinned_version(constraints.read_text(encoding="utf-8"))
     index = os.environ.get("TORCH_INDEX") or None
     present = installed_version()
     if present is not None and present.partition("+")[0] == version and index is None:
         print(f"      torch {present} is installed", flush=True)
         return 0
-    arguments, why = choose(version, sys.platform, has_nvidia_gpu(), index)
+    chosen, why = choose(version, sys.platform, has_nvidia_gpu(), index)
     print(f"      {why}", flush=True)
     if present is not None and index is not None:
         # The same version from another index counts as installed for pip.
-        arguments.append("--force-reinstall")
-    command = [*PIP, "install", "-qq", "--progress-bar", "off", "--constraint", str(constraints), *arguments]
+        chosen.append("--force-reinstall")
+    held = [] if arguments else ["--constraint", str(constraints)]
+    command = [*PIP, "install", "-qq", "--progress-bar", "off", *held, *chosen]
     return subprocess.run(command, check=False).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -36,6 +36,7 @@ from hope_train.evaluate.run_files import checkpoint_tokenizer, pick_device
 from hope_train.evaluate.scoring import Scorer, row_sums
 from hope_train.evaluate.sources import read_wikitext
 from hope_train.evaluate.wikitext import join_pages
+from hope_train.memory.activity import MOST_HELD, TRAINED_BAND, outside_band
 from hope_train.model.activity import observe_model, without_writes
 from hope_train.model.hope import HopeModel
 from hope_train.model.loss import IGNORED
@@ -220,11 +221,16 @@ def main(arguments: Sequence[str]) -> int:
             "loss": loss,
             "worth": [asdict(row) for row in worth],
             "activity": rows,
+            "outside_band": outside_band(rows),
         }
         print(json.dumps(found, ensure_ascii=False))
     else:
         title = f"Worth of the memory: {count} windows of {config.train.context_length:,} tokens"
+        band = (
+            f"the band of trained models ({TRAINED_BAND[0]} to {TRAINED_BAND[1]}, clamped {100 * MOST_HELD}% at most)"
+        )
         print_tables(f"{label} by {chosen.run}, step {manifest.step:,}", rows, title, loss, worth)
+        print(*([f"outside {band}:", *wrong] if (wrong := outside_band(rows)) else [f"all inside {band}"]), sep="\n")
     return 0
 
 

@@ -7,7 +7,8 @@ torch=${TORCH:-$(sed -n 's/^torch==//p' constraints.txt)}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 "${PYTHON:-python3}" -m venv "$scratch/venv"
-"$scratch/venv/bin/python" -m pip install -qq --progress-bar off "torch==$torch"
+# The build without CUDA where there is no GPU: the packages of the other would all be pinned.
+"$scratch/venv/bin/python" scripts/install_torch.py "$torch"
 "$scratch/venv/bin/python" -m pip install -qq --progress-bar off "torch==$torch" --editable '.[dev]'
 {
     echo "# The exact versions that the tests ran with; written by scripts/lock.sh. Ranges are in pyproject.toml."

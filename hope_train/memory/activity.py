@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, H heads, N head width, E hidden width; S chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,16 @@ from hope_train.config.model import MemoryConfig
 from hope_train.memory import pieces
 from hope_train.memory.pieces import Group
 from hope_train.memory.rules import MEMORY_BOXES, SCALAR_BOXES, Boxes, Init, generator_boxes
+
+FRESH_BAND = (0.05, 0.5)
+"""|W - W_init| / |W_init|, the mean over a run, in which boxes k, v and mem of an untrained model stay."""
+
+TRAINED_BAND = (0.01, 0.5)
+"""The same for a trained one. Training shortens retention, so it moves less; a memory that keeps nothing but its last
+write still stands sqrt(5/4) eta |W_init|^-1 from its start (linear, |W_init| = sqrt(N) / 2): 0.03 at eta 0.1, N 64."""
+
+MOST_HELD = 0.005
+"""The share of (chunk, sequence, head, matrix) that the clamp may hold, in either."""
 
 HELD = 1e-5
 """A matrix counts as held by the clamp when its norm is within this share of the limit, where the clamp puts it
@@ -89,6 +99,23 @@ class Activity:
             "held": box.held.double().mean().item(),
             "deviation_by_chunk": box.deviation.mean((1, 2)).tolist(),
         }
+
+
+def outside_band(rows: Sequence[Mapping[str, Any]], band: tuple[float, float] = TRAINED_BAND) -> list[str]:
+    """What is wrong with rows of `Activity.rows` (with their `layer`): one line per box k, v or mem that is not in
+    `band`, and per box that the clamp holds more often than `MOST_HELD`. Rows without a finished chunk say nothing."""
+    lines = []
+    for row in rows:
+        if row["deviation"] is None:
+            continue
+        place = f"layer {row['layer']}, {row['box']}"
+        if row["box"] in ("k", "v", "mem") and not band[0] <= row["deviation"] <= band[1]:
+            lines.append(f"{place}: moved by {row['deviation']:.4f}, outside {band[0]} to {band[1]}")
+        if row["held"] > MOST_HELD:
+            lines.append(
+                f"{place}: held by the clamp in {100 * row['held']:.2f}% of cases, more than {100 * MOST_HELD}%"
+            )
+    return lines
 
 
 def by_box(config: MemoryConfig, boxes: Boxes, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 
 import pytest
@@ -68,3 +69,21 @@ def test_the_version_is_the_lock_s() -> None:
     assert pinned_version("torch==2.13.0+cpu\n") == "2.13.0"
     with pytest.raises(SystemExit, match="torch=="):
         pinned_version("pytorch==1\n")
+
+
+def test_another_version_is_not_held_to_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """scripts/lock.sh chooses the other packages anew."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(install_torch, "installed_version", lambda: None)
+    monkeypatch.setattr(install_torch, "choose", lambda version, *_: ([f"torch=={version}"], ""))
+    monkeypatch.setattr(install_torch.subprocess, "run", run)
+    assert install_torch.main(["9.9.9"]) == install_torch.main() == 0
+    other, pinned = commands
+    assert other[-1] == "torch==9.9.9"
+    assert "--constraint" not in other
+    assert "--constraint" in pinned

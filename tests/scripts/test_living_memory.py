@@ -16,8 +16,10 @@ from data_pipelines.batches import Batch
 from hope_train.config.load import validate
 from hope_train.config.tree import RunConfig
 from hope_train.levels.build import build_optimizer
+from hope_train.memory.activity import outside_band
+from hope_train.model.activity import without_writes
 from hope_train.model.hope import HopeModel, build_model
-from scripts.living_memory import main, worth_of_writes
+from scripts.living_memory import activity_rows, main, worth_of_writes
 from tests.scripts.refusal import assert_refused
 from tests.train.tiny import TRANSFORMER, Tiny, write_config, write_corpus
 
@@ -51,12 +53,19 @@ def test_figures_of_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert worth["memory of 4 tokens"]["difference"] != 0.0
     assert {row["box"] for row in found["activity"]} == {"k", "v", "eta", "alpha", "mem"}
     assert all(0.0 < row["deviation"] < 3.0 and len(row["deviation_by_chunk"]) == 2 for row in found["activity"])
+    assert found["outside_band"] == []
 
 
 def test_tables_of_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(runs / "hope"), "--windows", "4", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    for word in ("Activity on held-out training text", "mem", "Worth of the memory: 4 windows", "no writes"):
+    for word in (
+        "Activity on held-out training text",
+        "mem",
+        "Worth of the memory: 4 windows",
+        "no writes",
+        "all inside the band",
+    ):
         assert word in shown
 
 
@@ -141,11 +150,19 @@ def train_on_bytes(text: np.ndarray, seed: int, steps: int, batch: int = 8) -> H
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # minutes of training, on a machine that may be busy
 def test_a_trained_model_needs_its_writes() -> None:
-    """Switching them off costs more than seeds differ, on held-out text; cutting the memory to 8 bytes costs too."""
+    """Switching them off costs more than seeds differ, on held-out text; cutting the memory to 8 bytes costs too. And
+    its weights are in the band of trained models, layer by layer: those of one without writes are not."""
     text = library_text()
     cut = len(text) * 9 // 10
     held_out = [rows(text[cut:], np.arange(0, len(text) - cut - LENGTH - 1, LENGTH)[:96])]
-    results = [worth_of_writes(train_on_bytes(text[:cut], seed, 120), held_out, horizons=[8]) for seed in range(3)]
+    models = [train_on_bytes(text[:cut], seed, 120) for seed in range(3)]
+    for model in models:
+        rows_of = activity_rows(model, held_out[0])
+        assert {row["layer"] for row in rows_of} == {0, 1}
+        assert outside_band(rows_of) == []
+        assert max(row["deviation_max"] for row in rows_of) <= 3.0
+        assert len(outside_band(activity_rows(without_writes(model), held_out[0]))) == 6  # k, v, mem of two layers
+    results = [worth_of_writes(model, held_out, horizons=[8]) for model in models]
     spread = statistics.stdev(loss for loss, _ in results)
     counts = np.bincount(text[:cut], minlength=256) + 1
     letters = -np.log(counts / counts.sum())[held_out[0].targets].mean()
@@ -154,3 +171,12 @@ def test_a_trained_model_needs_its_writes() -> None:
         assert no_writes.difference > 10 * spread
         assert no_writes.difference > 10 * no_writes.standard_error
         assert short.difference > 5 * short.standard_error
+
+
+def test_what_is_outside_the_band() -> None:
+    row = {"layer": 1, "box": "mem", "deviation": 0.2, "held": 0.0}
+    assert outside_band([row, row | {"deviation": None, "held": None}, row | {"box": "eta", "deviation": 0.001}]) == []
+    wrong = outside_band([row | {"deviation": 0.009}, row | {"deviation": 0.6}, row | {"held": 0.01}])
+    assert [line.partition(":")[0] for line in wrong] == ["layer 1, mem"] * 3
+    assert "0.0090, outside 0.01 to 0.5" in wrong[0]
+    assert "1.00% of cases, more than 0.5%" in wrong[2]
