@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.corpus import open_corpus
 from data_pipelines.pack import CorpusSplit
 from data_pipelines.samples import Batch, BatchSource
+from data_pipelines.sources import describe_source
 from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.unpacking import GzipIndexes
 from data_pipelines.windows import BlendSource, WindowSource
 from hope_train.config.data import DataConfig
 from hope_train.config.train import TrainConfig
 from hope_train.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["Batch", "BatchSource", "DataBundle", "WindowSource", "open_data", "open_tokenizer"]
 
@@ -124,6 +132,36 @@ def _open_indexed(data: DataConfig, train: TrainConfig, seed: int, tokenizer: To
     return DataBundle(tokenizer, train_source, validation_source, description, identity)
 
 
+def _open_streaming(data: DataConfig, train: TrainConfig, seed: int, tokenizer: Tokenizer) -> DataBundle:
+    from data_pipelines.streams import open_stream
+
+    rows = train.batch_tokens // train.context_length
+    indexes = GzipIndexes(Path(data.cache_dir).expanduser() / "gzip-indexes")
+    train_source, identity, held_out = open_stream(
+        data, tokenizer, train.context_length, rows, seed, indexes, _log.warning
+    )
+    validation_source = None
+    if held_out is not None and len(held_out.tokens) > train.context_length:
+        validation_source = WindowSource(
+            held_out, train.context_length, rows, seed, data.reset_at_documents, tokenizer.eot_id
+        )
+    content = hashlib.sha256(json.dumps(identity["files"], sort_keys=True).encode()).hexdigest()
+    description = {
+        "tokenizer": _describe_tokenizer(tokenizer),
+        "corpus": {"folder": ", ".join(map(describe_source, data.sources)), "content": content},
+        "train": {"documents": None, "tokens": None, "bytes": None, "windows": None},
+        "validation": {
+            "documents": held_out.documents if held_out else 0,
+            "tokens": len(held_out.tokens) if held_out else 0,
+            "bytes": held_out.text_bytes if held_out else 0,
+            "windows": validation_source.windows if validation_source else 0,
+        },
+        "cut_into_pieces_of": None,
+        "epochs": None,
+    }
+    return DataBundle(tokenizer, train_source, validation_source, description, identity)
+
+
 def _sum(values: list[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
@@ -133,7 +171,7 @@ def _describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"path": tokenizer.path, "fingerprint": tokenizer.fingerprint, "pieces": tokenizer.vocab_size}
 
 
-_OPEN = {"cached": _open_cached, "indexed": _open_indexed}
+_OPEN = {"cached": _open_cached, "indexed": _open_indexed, "streaming": _open_streaming}
 
 
 def open_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:

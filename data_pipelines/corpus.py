@@ -79,9 +79,9 @@ def open_corpus(data: DataConfig, tokenizer: Tokenizer) -> Corpus:
             return _open(folder, tokenizer)
         except DamagedCacheError:
             pass  # Looked at again under the lock: another process may be mending it.
-    with _cache_errors(root):
+    with cache_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f"{name}.lock"):
+        with lock(root / f"{name}.lock"):
             if folder.is_dir():
                 try:
                     return _open(folder, tokenizer)
@@ -121,13 +121,8 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def _build(folder: Path, data: DataConfig, tokenizer: Tokenizer, key: dict[str, Any]) -> None:
     """Make the corpus in a temporary folder beside its place and rename it there."""
-    prefix = f"{folder.name}.tmp-{socket.gethostname()}-"
-    for left_over in folder.parent.glob(prefix + "*"):
-        _remove(left_over)  # Of a process that was killed: the lock is ours.
     carving = survey(lambda: _progress(_read(data), "reading", None), data.validation_fraction)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        work.chmod(0o755)
+    with new_folder(folder) as work:
         counts = _tokenise(work, data, tokenizer, carving)
         files = {}
         for name in FILES:
@@ -146,6 +141,21 @@ def _build(folder: Path, data: DataConfig, tokenizer: Tokenizer, key: dict[str, 
         }
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _flush(work / MANIFEST)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, renamed to it at the end of the block; removed if the block fails.
+
+    To be used under the lock of `folder`. What a killed process left there is removed first. Raises OSError.
+    """
+    prefix = f"{folder.name}.tmp-{socket.gethostname()}-"
+    for left_over in folder.parent.glob(prefix + "*"):
+        _remove(left_over)  # Of a process that was killed: the lock is ours.
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        work.chmod(0o755)
+        yield work
         try:
             work.rename(folder)
         except OSError as error:
@@ -209,24 +219,25 @@ def _progress(documents: Iterator[Document], doing: str, total: int | None) -> I
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Hold the lock of a corpus. A lock dies with the process that holds it, so it is waited for without end."""
     import filelock
 
-    lock = filelock.FileLock(str(path))
+    held = filelock.FileLock(str(path))
     try:
-        lock.acquire(timeout=_NOTICE_SECONDS)
+        held.acquire(timeout=_NOTICE_SECONDS)
     except filelock.Timeout:
         _log.warning("waiting for another process that is tokenising the same corpus (lock %s)", path)
-        lock.acquire()
+        held.acquire()
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 @contextmanager
-def _cache_errors(root: Path) -> Iterator[None]:
+def cache_errors(root: Path) -> Iterator[None]:
+    """A cache folder that cannot be written becomes a UserError."""
     try:
         yield
     except OSError as error:

@@ -27,7 +27,7 @@ class SourceConfig(Section):
 
     weight: float | None = Field(None, gt=0.0)
     """Share of this source in the tokens trained on, relative to the other sources' weights; all sources have one or
-    none has (data.mode=indexed). null: sources count by their size."""
+    none has (data.mode=streaming, indexed). null: sources count by their size."""
 
     min_characters: int = Field(0, ge=0)
     """Documents with fewer characters are filtered out (and counted)."""
@@ -74,15 +74,46 @@ class SourceConfig(Section):
         return bool(self.min_characters or self.max_characters or self.language or self.filter)
 
 
+class StreamConfig(Section):
+    """data.mode=streaming: text that is tokenised while it is trained on."""
+
+    lanes: int = Field(16, ge=1, le=65536)
+    """Independent streams that the samples are dealt from, sample k from lane k mod `lanes`. Part of what fixes the
+    samples. A rank or worker works on whole lanes: best a multiple of ranks times workers, and far fewer than
+    documents."""
+
+    shuffle_documents: int = Field(256, ge=1)
+    """Documents of a lane that are read at a time and given in shuffled order (fewer, if they are long). 1: none."""
+
+    packing: Literal["split", "best_fit"] = "split"
+    """`split`: documents one after the other, cut where a row ends. `best_fit`: documents up to the context length stay
+    whole; rows are filled as far as they fit, and the rest is padding that is not scored."""
+
+    pack_rows: int = Field(32, ge=1)
+    """best_fit: documents for about so many rows are fitted at a time."""
+
+    validation_tokens: int = Field(262_144, ge=0)
+    """Held-out text to find at the beginning of the sources (fewer, if they have fewer)."""
+
+    workers: int = Field(2, ge=0, le=1024)
+    """Processes of each rank that read, tokenise and pack. 0: the training process does it. Changes no sample."""
+
+    prefetch_rows: int = Field(32, ge=1)
+    """Rows that a worker prepares ahead for each lane, about."""
+
+
 class DataConfig(Section):
     """From text to packed batches."""
 
     sources: tuple[SourceConfig, ...] = Field((), max_length=1000)
     """Where the training documents come from, in this order."""
 
-    mode: Literal["cached", "indexed"] = "cached"
+    mode: Literal["cached", "indexed", "streaming"] = "cached"
     """`cached`: all of the text is tokenised once into `cache_dir`. `indexed`: it has been tokenised before, by
-    `hope data tokenize` or by Megatron."""
+    `hope data tokenize` or by Megatron. `streaming`: it is tokenised while it is trained on."""
+
+    stream: StreamConfig = StreamConfig()
+    """data.mode=streaming."""
 
     on_fault: Literal["stop", "skip"] = "stop"
     """What to do about a record that cannot be used (not UTF-8, not JSON, no text; a file that breaks off): stop and
@@ -106,7 +137,7 @@ class DataConfig(Section):
     """Seconds after which an unreachable hub is given up."""
 
     retries: int = Field(6, ge=0)
-    """How often a file that fails while it is tokenised is tried again before the work stops."""
+    """How often a source that fails in mid-run is tried again before the run is saved and stops."""
 
     retry_seconds: float = Field(1.0, ge=0.0)
     """Wait before the first of these tries; each further one waits twice as long, a minute at most."""
@@ -129,5 +160,5 @@ class DataConfig(Section):
         if len(weighted) > 1:
             raise ValueError("some sources have a weight and some have none: give all of them one, or none")
         if weighted == {True} and self.mode == "cached":
-            raise ValueError("weights need data.mode=indexed: a cached corpus is all of its text")
+            raise ValueError("weights need data.mode=streaming or indexed: a cached corpus is all of its text")
         return self

@@ -1,0 +1,214 @@
+"""Training on text that is tokenised on the way: sample k is row k // L of lane k mod L, of L lanes.
+
+Lanes are independent of each other (lanes.py), so who makes which one changes nothing, and a rank makes only those that
+its rows come from: the rows of a batch stand in the order of their lanes, so that with L lanes and R ranks each has
+about L / R of them. What a checkpoint holds of each lane is where it was, a few numbers; from there it goes on without
+reading what came before. Without them it begins at its beginning, and gives the same rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.feeding import Feed, LocalFeed, ProcessFeed, Recipe
+from data_pipelines.holding import held_out_split
+from data_pipelines.lanes import Corpus
+from data_pipelines.pack import CorpusSplit
+from data_pipelines.packing import Chunk
+from data_pipelines.samples import Batch, BatchSource, Segment
+from data_pipelines.selecting import load_filter
+from data_pipelines.shards import fingerprint_shards, list_shards
+from data_pipelines.sources import describe_source
+from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.unpacking import GzipIndexes
+from hope_train.config.data import DataConfig
+from hope_train.errors import UserError
+
+_KNOWN = 16
+"""Places of a lane that are remembered, to go back to."""
+
+
+class StreamSource(BatchSource):
+    """Batches of streamed text."""
+
+    def __init__(self, recipe: Recipe, batch_sequences: int, tell: Callable[[str], None]) -> None:
+        """Starts nothing yet. `tell` gets a line for every try to reach a source again."""
+        data = recipe.data
+        self.recipe = recipe
+        self.context_length = recipe.context_length
+        self.batch_sequences = batch_sequences
+        self.seed = recipe.seed
+        self.reset_at_documents = data.reset_at_documents
+        self.windows = None
+        self.lanes = data.stream.lanes
+        self._tell = tell
+        self._feed: Feed | None = None
+        self._chunks: dict[int, Chunk] = {}
+        self._running: set[int] = set()
+        self._known: dict[int, list[dict[str, Any]]] = {}
+        self._counts: dict[int, Counter[str]] = {}
+
+    # Which sample
+
+    def row_order(self, first: int, count: int) -> np.ndarray:
+        """Lane by lane, and in each lane in order."""
+        samples = np.arange(first, first + count, dtype=np.int64)
+        return samples[np.argsort(samples % self.lanes, kind="stable")]
+
+    def window_numbers(self, first: int, count: int) -> np.ndarray:
+        """The samples' own numbers: there are no windows to name."""
+        return self.row_order(first, count)
+
+    def contents(self, first: int, count: int) -> list[list[Segment]]:
+        """Documents of each row; a sample that is far from the last one asked for takes long."""
+        names = [describe_source(source) for source in self.recipe.data.sources]
+        found = []
+        for sample in self.row_order(first, count).tolist():
+            chunk, row = self._row(sample)
+            found.append([Segment(place, names[source], name) for place, source, name in chunk.segments[row]])
+        return found
+
+    # Rows
+
+    def _rows(self, samples: np.ndarray) -> Batch:
+        shape = (len(samples), self.context_length)
+        tokens, targets = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        starts = np.empty(shape, bool) if self.reset_at_documents else None
+        self._start(samples)
+        for row, sample in enumerate(samples.tolist()):
+            chunk, place = self._row(sample)
+            tokens[row], targets[row] = chunk.tokens[place], chunk.targets[place]
+            if starts is not None:
+                starts[row] = chunk.starts[place]
+        return Batch(tokens, targets, starts)
+
+    def _start(self, samples: np.ndarray) -> None:
+        """Let all lanes begin before the first is waited for."""
+        _, first = np.unique(samples % self.lanes, return_index=True)
+        for sample in samples[first].tolist():
+            lane, row = sample % self.lanes, sample // self.lanes
+            if lane not in self._running:
+                self._begin(lane, row)
+
+    def _begin(self, lane: int, row: int) -> None:
+        """Start a lane from the last known place that is not behind `row`."""
+        if self._feed is None:
+            workers = self.recipe.data.stream.workers
+            ahead = self.recipe.data.stream.prefetch_rows
+            self._feed = (
+                ProcessFeed(self.recipe, workers, ahead, self._tell) if workers else LocalFeed(self.recipe, self._tell)
+            )
+        places = [place for place in self._known.get(lane, []) if place["first"] <= row]
+        self._feed.start(lane, max(places, key=lambda place: int(place["first"]), default=None))
+        self._running.add(lane)
+        self._chunks.pop(lane, None)
+
+    def _row(self, sample: int) -> tuple[Chunk, int]:
+        """The chunk that has a sample, and its row there."""
+        lane, row = sample % self.lanes, sample // self.lanes
+        chunk = self._chunks.get(lane)
+        if lane not in self._running or (chunk is not None and row < chunk.first):
+            self._begin(lane, row)
+            chunk = None
+        assert self._feed is not None
+        while chunk is None or row >= chunk.first + len(chunk.tokens):
+            try:
+                chunk = self._feed.next(lane)
+            except BaseException:
+                self._running.discard(lane)
+                self._chunks.pop(lane, None)
+                raise
+            self._remember(lane, chunk)
+        return chunk, row - chunk.first
+
+    def _remember(self, lane: int, chunk: Chunk) -> None:
+        self._chunks[lane] = chunk
+        self._counts[lane] = chunk.counts
+        known = self._known.setdefault(lane, [])
+        if all(place["first"] != chunk.first for place in known):
+            known.append(chunk.snapshot)
+            if len(known) > _KNOWN:  # The newest, and of the older ones every other.
+                known.sort(key=lambda place: int(place["first"]))
+                del known[1 : -_KNOWN // 2 : 2]
+
+    # For checkpoints and logs
+
+    def state(self) -> dict[str, Any]:
+        """{lane: place} of every lane that this rank knows of, in front of the rows it gave last."""
+        found = {lane: places[-1] for lane, places in self._known.items()}
+        return {"lanes": {str(lane): self._place_now(lane, place) for lane, place in sorted(found.items())}}
+
+    def _place_now(self, lane: int, newest: dict[str, Any]) -> dict[str, Any]:
+        chunk = self._chunks.get(lane)
+        return newest if chunk is None else chunk.snapshot
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Of several ranks' states: `merge_states` them first."""
+        for lane, place in states.get("lanes", {}).items():
+            self._known.setdefault(int(lane), []).append(place)
+
+    def metrics(self) -> dict[str, Any]:
+        """Records by what became of them, in the lanes that this rank works on, and tries to reach a source again."""
+        total: Counter[str] = Counter()
+        for counts in self._counts.values():
+            total.update(counts)
+        retries = 0 if self._feed is None else self._feed.retries()
+        return {**{name: count for name, count in sorted(total.items()) if count}, "retries": retries}
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._feed is not None:
+            self._feed.close()
+        self._feed = None
+        self._running.clear()
+        self._chunks.clear()
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """One state of those of all ranks: each lane from the rank that is furthest in it."""
+    lanes: dict[str, dict[str, Any]] = {}
+    for state in states:
+        for lane, place in state.get("lanes", {}).items():
+            if lane not in lanes or place["first"] > lanes[lane]["first"]:
+                lanes[lane] = place
+    return {"lanes": lanes} if lanes else {}
+
+
+def open_stream(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    context_length: int,
+    batch_sequences: int,
+    seed: int,
+    indexes: GzipIndexes,
+    tell: Callable[[str], None],
+) -> tuple[StreamSource, dict[str, Any], CorpusSplit | None]:
+    """(batches, what they depend on, held-out text). Raises UserError."""
+    if any(source.max_bytes is not None for source in data.sources):
+        raise UserError("max_bytes limits a source that is read in order, and a stream is not: leave it out")
+    shards = list_shards(data.sources, data.hub_timeout, indexes)
+    stream = data.stream
+    text = fingerprint_shards(shards, data.sources)
+    identity = {
+        "mode": data.mode,
+        "lanes": stream.lanes,
+        "shuffle_documents": stream.shuffle_documents,
+        "packing": stream.packing if stream.packing == "split" else f"{stream.packing} {stream.pack_rows}",
+        "on_fault": data.on_fault,
+        "files": text,
+        "selection": [
+            {
+                **source.model_dump(include={"weight", "min_characters", "max_characters", "language_field"}),
+                "language": list(source.language),
+                "filter": f"{source.filter} {load_filter(source.filter)[1]}" if source.filter else None,
+            }
+            for source in data.sources
+        ],
+    }
+    recipe = Recipe(data, tokenizer.proto, tokenizer.path, indexes, seed, context_length)
+    held_out = held_out_split(Corpus(data, shards, tokenizer, seed), identity)
+    return StreamSource(recipe, batch_sequences, tell), identity, held_out
