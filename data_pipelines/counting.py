@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ class Tally:
     unknowns: int = 0
     lengths: list[np.ndarray] = field(default_factory=list)
     """int64 arrays: tokens of each document without end-of-text."""
+    records: Counter[str] = field(default_factory=Counter)
+    """What became of all of the source's records, where that is counted."""
 
     def add(self, lengths: np.ndarray, tokens: int, text_bytes: int, unknowns: int) -> None:
         """Count documents of these lengths."""

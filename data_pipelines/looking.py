@@ -10,7 +10,11 @@ import numpy as np
 
 from data_pipelines.batches import DataBundle, open_data
 from data_pipelines.counting import Tally, count_tokens, tally_corpus, total
+from data_pipelines.records import Place
 from data_pipelines.samples import IGNORED
+from data_pipelines.selecting import Selector, reading_again
+from data_pipelines.shards import list_shards
+from data_pipelines.sources import describe_source
 from data_pipelines.tokenizer import END_OF_TEXT, Tokenizer
 from hope_train.config.load import load_config
 from hope_train.config.tree import RunConfig
@@ -106,7 +110,7 @@ def stats_command(config_path: str, overrides: Sequence[str] = (), as_json: bool
         **bundle.description,
         "splits": {split: total(own).figures() for split, own in tallies.items()},
         "by_source": [
-            {"split": split, "source": tally.source, **tally.figures()}
+            {"split": split, "source": tally.source, **tally.figures(), "records": dict(tally.records)}
             for split, own in tallies.items()
             for tally in own
         ],
@@ -128,6 +132,10 @@ def stats_command(config_path: str, overrides: Sequence[str] = (), as_json: bool
         ("cache" if config.data.mode == "cached" else "place", figures["corpus"]["folder"]),
     ):
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
+    for entry in figures["by_source"]:
+        if entry["split"] == "train" and entry["records"]:
+            said = ", ".join(f"{number(count)} {name}" for name, count in entry["records"].items())
+            console.print(f"records of {entry['source']}: {said}", markup=False, highlight=False, soft_wrap=True)
     if figures["cut_into_pieces_of"]:
         console.print("few documents: held-out text is pieces of documents", highlight=False)
     return 0
@@ -142,7 +150,7 @@ def _table(title: str, columns: dict[str, dict[str, Any]]) -> Any:
     for name in columns:
         table.add_column(Text(name), justify="right")
     entries = list(columns.values())
-    kinds = {"split", "source", "length_histogram"}
+    kinds = {"split", "source", "length_histogram", "records"}
     for name in (name for name in entries[0] if name not in kinds):
         table.add_row(name.replace("_", " "), *(number(entry[name]) for entry in entries))
     for least in sorted({int(least) for entry in entries for least in entry["length_histogram"]}):
@@ -176,7 +184,32 @@ def _tally_indexed(config: RunConfig, bundle: DataBundle) -> dict[str, list[Tall
     return found
 
 
-_TALLY = {"cached": _tally_cached, "indexed": _tally_indexed}
+def _tally_streaming(config: RunConfig, bundle: DataBundle) -> dict[str, list[Tally]]:
+    """Everything is read and tokenised, in this process."""
+    data, tokenizer = config.data, bundle.tokenizer
+    sides = {"documents": "train", "held_out": "validation"}
+    found: dict[str, list[Tally]] = {side: [] for side in sides.values()}
+    shards = list_shards(data.sources, data.hub_timeout)
+    for number, source in enumerate(data.sources):
+        selector = Selector(source, data)
+        tallies = {side: Tally(describe_source(source)) for side in found}
+        for shard in (shard for shard in shards if shard.source == number):
+            records = reading_again(shard, Place(), 0, 1, selector.columns, data.retries, data.retry_seconds)
+            for record in records:
+                verdict = selector.judge(record)
+                for tally in tallies.values():
+                    tally.records[verdict] += 1
+                if verdict in sides and record.text is not None:
+                    tokens = tokenizer.encode(record.text)
+                    length = np.array([len(tokens)], np.int64)
+                    size = len(record.text.encode("utf-8"))
+                    tallies[sides[verdict]].add(length, len(tokens) + 1, size, tokenizer.count_unknowns(tokens))
+        for side, tally in tallies.items():
+            found[side].append(tally)
+    return found
+
+
+_TALLY = {"cached": _tally_cached, "indexed": _tally_indexed, "streaming": _tally_streaming}
 
 
 def _readable(tokenizer: Tokenizer, tokens: np.ndarray) -> str:

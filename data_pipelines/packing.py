@@ -51,8 +51,10 @@ class Chunk:
     snapshot: dict[str, Any]
     """`packed_rows` goes on from it with this chunk."""
 
-    counts: Counter[str]
-    """Records the lane has read by now."""
+    @property
+    def counts(self) -> Counter[str]:
+        """Records the lane has read by the time this chunk was whole, by what became of them."""
+        return Counter(self.snapshot["counts"])
 
 
 def packed_rows(
@@ -117,8 +119,7 @@ def _split(lane: Lane, length: int, eot_id: int, first: int, offset: int) -> Ite
             stream[1:].reshape(shape),
             starts.reshape(shape),
             segments,
-            snapshot,
-            lane.counts(),
+            {**snapshot, "counts": dict(lane.counts())},
         )
         first, offset = first + _ROWS, offset + _ROWS * length
         while pieces and offset >= len(pieces[0].sequence):
@@ -166,7 +167,8 @@ def _fitted(lane: Lane, length: int, eot_id: int, pack_rows: int, seed: int, fir
                 place = end
             if place < length:
                 starts[row, place] = True  # Padding is nobody's document.
-        yield Chunk(first, tokens, all_targets, starts, segments, snapshot, lane.counts())
+        counts = dict(lane.counts())
+        yield Chunk(first, tokens, all_targets, starts, segments, {**snapshot, "counts": counts})
         first += len(rows)
 
 

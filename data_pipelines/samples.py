@@ -68,6 +68,12 @@ class BatchSource(ABC):
     windows: int | None
     """Samples of an epoch; None where nobody knows before it is over."""
 
+    reads_on: bool = False
+    """Whether text is read while batches are asked for, so that asking may fail, and take a place to go on from."""
+
+    def prepare(self, index: int, rank: int = 0, ranks: int = 1) -> None:  # noqa: B027 - most have nothing to do
+        """Fetch what `batch` will be asked for next. Raises UserError."""
+
     def batch(self, index: int, rank: int = 0, ranks: int = 1) -> Batch:
         """Rank `rank`'s rows of global batch `index` (from 0).
 
@@ -105,8 +111,8 @@ class BatchSource(ABC):
     def _rows(self, samples: np.ndarray) -> Batch:
         """These samples, one a row."""
 
-    def state(self) -> dict[str, Any]:
-        """What makes going on from here fast, a few kilobytes for a checkpoint; nothing depends on it but time."""
+    def state(self, sample: int) -> dict[str, Any]:
+        """What makes going on with `sample` fast, a few kilobytes for a checkpoint; nothing depends on it but time."""
         return {}
 
     def restore(self, states: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing to restore

@@ -35,6 +35,8 @@ _KNOWN = 16
 class StreamSource(BatchSource):
     """Batches of streamed text."""
 
+    reads_on = True
+
     def __init__(self, recipe: Recipe, batch_sequences: int, tell: Callable[[str], None]) -> None:
         """Starts nothing yet. `tell` gets a line for every try to reach a source again."""
         data = recipe.data
@@ -51,6 +53,18 @@ class StreamSource(BatchSource):
         self._running: set[int] = set()
         self._known: dict[int, list[dict[str, Any]]] = {}
         self._counts: dict[int, Counter[str]] = {}
+        self._prepared: tuple[tuple[int, int, int], Batch] | None = None
+
+    def prepare(self, index: int, rank: int = 0, ranks: int = 1) -> None:
+        """Wait for the rows. Raises UserError: a source is gone for good, or a worker."""
+        self._prepared = (index, rank, ranks), super().batch(index, rank, ranks)
+
+    def batch(self, index: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """As `BatchSource.batch`; what has been prepared is given once."""
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] == (index, rank, ranks):
+            return prepared[1]
+        return super().batch(index, rank, ranks)
 
     # Which sample
 
@@ -137,27 +151,26 @@ class StreamSource(BatchSource):
 
     # For checkpoints and logs
 
-    def state(self) -> dict[str, Any]:
-        """{lane: place} of every lane that this rank knows of, in front of the rows it gave last."""
-        found = {lane: places[-1] for lane, places in self._known.items()}
-        return {"lanes": {str(lane): self._place_now(lane, place) for lane, place in sorted(found.items())}}
-
-    def _place_now(self, lane: int, newest: dict[str, Any]) -> dict[str, Any]:
-        chunk = self._chunks.get(lane)
-        return newest if chunk is None else chunk.snapshot
+    def state(self, sample: int) -> dict[str, Any]:
+        """{lane: place} of every lane that this rank knows of: the last place that is not behind what comes next."""
+        found = {}
+        for lane, places in sorted(self._known.items()):
+            row = -(-(sample - lane) // self.lanes)
+            before = [place for place in places if place["first"] <= row]
+            if before:
+                found[str(lane)] = max(before, key=lambda place: int(place["first"]))
+        return {"lanes": found}
 
     def restore(self, states: Mapping[str, Any]) -> None:
         """Of several ranks' states: `merge_states` them first."""
         for lane, place in states.get("lanes", {}).items():
             self._known.setdefault(int(lane), []).append(place)
+            self._counts[int(lane)] = Counter(place["counts"])
 
     def metrics(self) -> dict[str, Any]:
-        """Records by what became of them, in the lanes that this rank works on, and tries to reach a source again."""
-        total: Counter[str] = Counter()
-        for counts in self._counts.values():
-            total.update(counts)
+        """{"lanes": {lane: records by what became of them}, "retries": tries to reach a source again, here}."""
         retries = 0 if self._feed is None else self._feed.retries()
-        return {**{name: count for name, count in sorted(total.items()) if count}, "retries": retries}
+        return {"lanes": {str(lane): dict(counts) for lane, counts in self._counts.items()}, "retries": retries}
 
     def close(self) -> None:
         """End the workers."""
@@ -176,6 +189,17 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
             if lane not in lanes or place["first"] > lanes[lane]["first"]:
                 lanes[lane] = place
     return {"lanes": lanes} if lanes else {}
+
+
+def merge_metrics(ranks: list[dict[str, Any]]) -> dict[str, int]:
+    """Counters of all lanes, each lane counted once, by the rank that is furthest in it."""
+    lanes: dict[str, Counter[str]] = {}
+    for own in ranks:
+        for lane, counts in own["lanes"].items():
+            lanes[lane] = max(lanes.get(lane, Counter()), Counter(counts), key=Counter.total)
+    total = sum(lanes.values(), Counter[str]())
+    found = {name: count for name, count in sorted(total.items()) if count}
+    return {**found, "retries": sum(own["retries"] for own in ranks)}
 
 
 def open_stream(

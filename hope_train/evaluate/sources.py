@@ -71,7 +71,7 @@ def held_out_text(data: DataConfig, tokenizer: Tokenizer) -> Text | None:
     The documents are decoded from the tokens (the tokenizer is lossless) of the corpus in the cache, so the part is
     exactly the one that training never sees. Raises UserError as `open_corpus`.
     """
-    if not data.sources or any(source.builtin is None for source in data.sources):
+    if data.mode != "cached" or not data.sources or any(source.builtin is None for source in data.sources):
         return None
     split = open_corpus(data, tokenizer).validation
     pages = []

@@ -86,6 +86,14 @@ class Team:
                 raise
             raise SharedError(str(error)) from None
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks, on every rank (as pickled copies)."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def largest(self, values: Sequence[int]) -> list[int]:
         """Entry by entry the largest value that any rank has."""
         return self._reduced(values, dist.ReduceOp.MAX)

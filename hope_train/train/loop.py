@@ -22,11 +22,12 @@ from hope_train.train.saving import (
 from hope_train.train.session import Session
 from hope_train.train.signals import StopRequest
 from hope_train.train.step import optimizer_step
+from hope_train.train.streaming import data_failure, data_metrics
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why the loop ended: `completed`, `signal` or `nan`, and more about it."""
+    """Why the loop ended: `completed`, `signal`, `nan` or `error` (no more data), and more about it."""
 
     reason: str
     detail: str | None = None
@@ -61,6 +62,9 @@ def train(run: Session, stop: StopRequest) -> Outcome:
 
         index = progress.step
         wanted = (index + 1) % config.train.log_every == 0 or index + 1 == run.total_steps
+        if (failure := data_failure(run.data.train, run.engine.mesh, index)) is not None:
+            save(run, last=True)
+            return Outcome("error", failure)
         loss, report, bad_rows = take_step(run, index, measure=wanted)
         progress.step += 1
         progress.tokens += config.train.batch_tokens
@@ -126,6 +130,7 @@ def metrics_row(run: Session, loss: float, report: StepReport, tokens: int) -> R
         "tokens": run.progress.tokens,
         "loss": loss if np.isfinite(loss) else None,
         **report.metrics(),
+        **data_metrics(run.data.train, run.engine.mesh),
         "tokens_per_s": tokens / max(run.clock.lap(), 1e-9),
         "peak_memory_bytes": peak_memory_bytes(run.device),
         "time": time.time(),

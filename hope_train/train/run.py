@@ -155,7 +155,7 @@ def execute(run: Session, stop: StopRequest, as_json: bool = False) -> int:
     else:
         for line in summary_lines(summary):
             run.display.say(line)
-    return NOT_FINITE if outcome.reason == "nan" else COMPLETED
+    return {"nan": NOT_FINITE, "error": WRONG_INPUT}.get(outcome.reason, COMPLETED)
 
 
 def mark(run: Session, outcome: Outcome) -> None:

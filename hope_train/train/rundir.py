@@ -41,6 +41,7 @@ Changes = dict[str, tuple[Any, Any]]
 # (The tokenizer's and the sources' contents are compared by their fingerprints, wherever the files lie.)
 FREE = (
     *("name", "dir", "log", "checkpoint", "eval", "parallel", "data.tokenizer", "data.cache_dir", "data.hub_timeout"),
+    *("data.retries", "data.retry_seconds", "data.stream.workers", "data.stream.prefetch_rows"),
     *("train.device", "train.threads", "train.log_every", "train.nan_patience"),
 )
 

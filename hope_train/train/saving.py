@@ -11,6 +11,7 @@ from hope_train.train import randomness
 from hope_train.train.heartbeat import phase
 from hope_train.train.metrics import JsonLines, Row
 from hope_train.train.session import Progress, Session, data_identity
+from hope_train.train.streaming import data_state
 
 
 def save(run: Session, last: bool = False, scheduled: bool = False) -> None:
@@ -104,7 +105,11 @@ def facts(run: Session) -> Facts:
         tokenizer=run.data.tokenizer.fingerprint,
         data=data_identity(run.config, run.data),
         losses=dict(progress.losses),
-        trainer={"random": randomness.capture(), "refused": progress.refused},
+        trainer={
+            "random": randomness.capture(),
+            "refused": progress.refused,
+            "data": data_state(run.data.train, run.engine.mesh, progress.step),
+        },
     )
 
 

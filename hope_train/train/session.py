@@ -113,6 +113,7 @@ class Session:
 
     def close(self) -> None:
         """Close the logs. Lines that could not be written to the last are lost, and that is said."""
+        self.data.train.close()
         self.loggers.close()
         self.display.stop()
         for file in (self.metrics, self.evaluations):
@@ -189,6 +190,8 @@ def open_session(
     engine = team.together(lambda: build(config, mesh))
     evaluator.shares = engine.shares()
     progress = Progress() if found is None else load_progress(*found, engine)
+    if found is not None:
+        data.train.restore(read_trainer(found[0]).get("data", {}))
     apply_options(config, engine.model)
 
     stop.opened()

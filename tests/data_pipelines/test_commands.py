@@ -112,3 +112,54 @@ def test_stats_without_a_validation_part(config_file: str, capsys: pytest.Captur
         stats_command(config_file, ["data.validation_fraction=0"], as_json)
     first = capsys.readouterr().out.splitlines()[0]
     assert json.loads(first)["splits"]["validation"]["documents"] == 0
+
+
+@pytest.mark.parametrize("mode", ["cached", "streaming"])
+def test_stats_and_inspect_name_each_source(
+    texts: list[str],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    write_jsonl: Callable[[Path, list[str]], Path],
+    mode: str,
+) -> None:
+    one, two = write_jsonl(tmp_path / "one.jsonl", texts[:200]), write_jsonl(tmp_path / "two.jsonl", [*texts[200:], ""])
+    tree = {
+        "model": {"vocab_size": 400, "cms": {"levels": [{"width": 8}]}},
+        "data": {
+            "mode": mode,
+            "sources": [{"path": str(one)}, {"path": str(two)}],
+            "tokenizer": tokenizer.path,
+            "validation_fraction": 0.1,
+            "cache_dir": str(tmp_path / "cache"),
+            "stream": {"lanes": 4, "workers": 0, "packing": "best_fit", "pack_rows": 8},
+        },
+        "train": {"context_length": 64, "batch_tokens": 512, "micro_batch_size": 2},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    stats_command(str(path), as_json=True)
+    figures = json.loads(capsys.readouterr().out)
+    by_source = {(entry["source"], entry["split"]): entry for entry in figures["by_source"]}
+    for name, own in ((str(one), texts[:200]), (str(two), texts[200:])):
+        sides = [by_source[name, split] for split in ("train", "validation")]
+        assert sum(side["documents"] for side in sides) == len(own)
+        assert sum(side["bytes"] for side in sides) == sum(len(text.encode()) for text in own)
+        assert all(side["unknowns"] == 0 for side in sides)
+        assert sum(sum(side["length_histogram"].values()) for side in sides) == len(own)
+    whole = figures["splits"]["train"]
+    assert whole["documents"] == sum(by_source[str(name), "train"]["documents"] for name in (one, two))
+    if mode == "streaming":
+        assert by_source[str(two), "train"]["records"]["empty"] == 1
+    stats_command(str(path))
+    assert "by source" in capsys.readouterr().out
+    inspect_command(str(path), batch=1, rows=2, as_json=True)
+    seen = json.loads(capsys.readouterr().out)
+    assert sum(seen["sources"].values()) == pytest.approx(1.0)
+    assert set(seen["sources"]) <= {str(one), str(two)}
+    for row in seen["rows"]:
+        parts = row["text"].split("<|endoftext|>")
+        assert len(row["documents"]) == len(parts) - (parts[0] == "")
+    assert (seen["padding_share"] > 0) == (mode == "streaming")
+    inspect_command(str(path), batch=1, rows=2)
+    assert "padding of the batch" in capsys.readouterr().out

@@ -1,0 +1,109 @@
+"""Whole runs on streamed text: resumed exactly, refused on other text, saved when a source is gone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hope_train.errors import UserError
+from tests.train.tiny import STEPS, Tiny, assert_same_run, write_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+ALL = ("checkpoint.every=1", "checkpoint.keep_last=99", "model.arch=transformer_pp", "model.mlp_width=48")
+
+
+@pytest.fixture
+def text(tmp_path: Path, corpus: dict[str, Any]) -> Path:
+    """The corpus in four files of this test's own."""
+    lines = Path(corpus["sources"][0]["path"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"part-{number}.jsonl").write_text("".join(lines[number::4]), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def streaming(tiny: Tiny, corpus: dict[str, Any], text: Path) -> Tiny:
+    stream = {"lanes": 3, "shuffle_documents": 8, "workers": 0, "validation_tokens": 300}
+    retry = {"retries": 1, "retry_seconds": 0.0}
+    data = {**corpus, "sources": [{"path": str(text)}], "mode": "streaming", "stream": stream, **retry}
+    write_config(tiny.config, data)
+    return Tiny(tiny.folder, tiny.config)
+
+
+def cut(tiny: Tiny, name: str, step: int) -> None:
+    """As a kill right after the save of this step leaves run `whole`."""
+    shutil.copytree(tiny.dir("whole"), tiny.dir(name))
+    (tiny.dir(name) / "STOPPED.json").unlink()
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(tiny.checkpoint(name, later))
+
+
+def levels(*overrides: str) -> tuple[str, ...]:
+    return (*overrides, "model.cms.levels=[]")
+
+
+@pytest.mark.timeout(200)
+def test_a_run_on_a_stream_is_resumed_exactly(streaming: Tiny) -> None:
+    assert streaming.train("whole", *levels(*ALL)) == 0
+    rows = streaming.metrics("whole")
+    assert rows[-1]["data"]["documents"] > 0
+    assert rows[-1]["data"]["held_out"] > 0
+    for step, workers in ((1, 0), (4, 2), (8, 0)):
+        cut(streaming, f"killed-{step}", step)
+        assert streaming.train(f"killed-{step}", *levels(*ALL), f"data.stream.workers={workers}") == 0
+        assert_same_run(streaming, f"killed-{step}", "whole")
+    trainer = json.loads((streaming.checkpoint("whole", STEPS) / "trainer.json").read_text())
+    assert set(trainer["data"]["lanes"]) == {"0", "1", "2"}
+
+
+def test_another_corpus_is_refused_by_name(streaming: Tiny, text: Path) -> None:
+    assert streaming.train("whole", *levels(*ALL)) == 0
+    cut(streaming, "grown", 3)
+    with (text / "part-2.jsonl").open("a") as out:
+        out.write('{"text": "one more"}\n')
+    with pytest.raises(UserError, match=r"trained on other data .*part-2\.jsonl"):
+        streaming.train("grown", *levels(*ALL))
+    cut(streaming, "lanes", 3)
+    with pytest.raises(UserError, match=r"data\.stream\.lanes is 3 there and 2 here"):
+        streaming.train("lanes", *levels(*ALL), "data.stream.lanes=2")
+
+
+def test_a_source_that_goes_away_ends_in_a_save_and_loses_nothing(
+    streaming: Tiny, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = levels(*ALL[2:], "data.stream.shuffle_documents=2")
+    assert streaming.train("whole", *few, "checkpoint.every=1", "checkpoint.keep_last=99") == 0
+    from hope_train.train import loop
+
+    hidden = text.with_name("hidden")
+    step = loop.take_step
+
+    def hide(run: Any, index: int, measure: bool) -> Any:
+        if index == 3:
+            hidden.mkdir()
+            for path in text.iterdir():
+                path.rename(hidden / path.name)
+        return step(run, index, measure)
+
+    monkeypatch.setattr(loop, "take_step", hide)
+    assert streaming.train("gone", *few) == 2
+    said = capsys.readouterr().out
+    assert "cannot be read" in said
+    assert "tried 2 times" in said
+    stopped = streaming.stopped("gone")
+    assert stopped["reason"] == "error"
+    assert 4 <= stopped["step"] < STEPS
+    assert streaming.checkpoints("gone")[-1].endswith(f"{stopped['step']:08d}")
+    for path in hidden.iterdir():
+        path.rename(text / path.name)
+    monkeypatch.setattr(loop, "take_step", step)
+    assert streaming.train("gone", *few) == 0
+    ours, whole = ([row["loss"] for row in streaming.metrics(name)] for name in ("gone", "whole"))
+    assert ours == whole
