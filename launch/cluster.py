@@ -93,9 +93,11 @@ class SlurmBackend:
                 job = self.slurm.job(self.job)
                 if job is None:
                     return "CANCELLED", False
-                # Restarted already: it waits for its next start, or has it.
-                state = "REQUEUED" if job.restarts > self.restart else job.state
-                return state, job.preempted
+                if job.restarts > self.restart:
+                    return "REQUEUED", job.preempted  # it waits for its next start, or has it
+                # A job that is being ended is COMPLETING, whatever ends it.
+                late = job.reason == "TimeLimit" and job.state != "RUNNING"
+                return "TIMEOUT" if late else job.state, job.preempted
             time.sleep(3)
         return "RUNNING", False
 

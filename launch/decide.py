@@ -32,7 +32,7 @@ class Evidence:
     """What is known when the ranks of a start have ended."""
 
     job_state: str = "RUNNING"
-    """Slurm's; CANCELLED, …"""
+    """Slurm's; `TIMEOUT` while the time limit ends the job, `REQUEUED` once it has been given back to the queue."""
 
     preempted: bool = False
     """Slurm wants the nodes for another job and will requeue this one."""
@@ -101,7 +101,7 @@ def decide(evidence: Evidence, max_failures: int, chain: bool = False, disk_full
         return Decision("finish", "completed")
     if evidence.preempted:
         return Decision("wait", "preempted")
-    if evidence.terminated and evidence.job_state != "RUNNING":
+    if evidence.terminated and evidence.job_state not in ("RUNNING", "TIMEOUT"):
         return Decision("leave", f"ended by Slurm ({evidence.job_state.lower()})", 1)
     if evidence.asked is not None and evidence.stopped == "signal":
         if chain:
@@ -109,7 +109,7 @@ def decide(evidence: Evidence, max_failures: int, chain: bool = False, disk_full
         return Decision("requeue", evidence.asked)
     if evidence.stopped == "signal":
         return Decision("finish", f"stopped on request ({evidence.detail})")
-    if evidence.terminated:
+    if evidence.terminated and evidence.job_state != "TIMEOUT":
         return Decision("finish", "ended by SIGTERM", 143)
     if evidence.stopped == "nan" or evidence.first_code == NOT_FINITE:
         return Decision("finish", f"the loss is not finite ({evidence.detail})", NOT_FINITE)

@@ -52,9 +52,16 @@ class LocalBackend:
         self, nodes: Sequence[str], per_node: int, command: Sequence[str], name: str, log: Path
     ) -> subprocess.Popen[bytes]:
         """In a session of its own: Ctrl-C reaches the supervisor alone."""
+        # Inside an allocation Slurm's variables would tell each rank another place.
+        environment = {key: text for key, text in os.environ.items() if not key.startswith("SLURM")}
         with log.open("ab") as output:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=environment,
             )
 
     def kill(self, step: subprocess.Popen[bytes], name: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hope_train.errors import UserError
-from launch.places import LOCAL, Places, find_run, read_json
+from launch.places import Places, find_run, read_json
 
 POLL_S = 0.5
 
@@ -61,8 +61,7 @@ def log_file(places: Places, start: str, node: str | None) -> Path:
     folder = places.start(start)
     if node is None:
         nodes = [event["nodes"] for event in places.events() if event["event"] == "ranks" and event["start"] == start]
-        local = start.startswith(LOCAL)
-        node = "srun" if local else str(read_json(folder / "ranks" / "0.json").get("node") or (nodes and nodes[-1][0]))
+        node = str(read_json(folder / "ranks" / "0.json").get("node") or (nodes[-1][0] if nodes else "srun"))
     return folder / f"{node}.log"
 
 

@@ -4,7 +4,7 @@
     events.jsonl              submitted, started, asked to stop, ended, …: one line each
     submissions/1/            job.sh, request.json (or one per task of an array), config.yaml
     code/<name>/              the code that runs, as it was when it was submitted
-    <job>.<restart>/          a start: what each node said, ranks/, health/, stacks/, heartbeat
+    <job>.<restart>/          a start: environment, what each node said, ranks/, health/, stacks/, heartbeat
 """
 
 from __future__ import annotations
@@ -125,10 +125,11 @@ def find_run(text: str) -> Places:
     for folder in (Path(text), Path("runs") / text):
         if (folder / "launch").is_dir() or (folder / "config.yaml").is_file():
             return Places(folder.resolve())
-    job = text.partition("_")[0]
-    for row in reversed(read_lines(registry())):
-        if (text == row.get("name") or job in row.get("jobs", ())) and Path(row["run_dir"]).is_dir():
-            return Places(Path(row["run_dir"]))
+    rows = [row for row in reversed(read_lines(registry())) if Path(row["run_dir"]).is_dir()]
+    for wanted in (text, text.partition("_")[0]):  # a task of an array, before the array
+        for row in rows:
+            if wanted == row.get("name") or wanted in row.get("jobs", ()):
+                return Places(Path(row["run_dir"]))
     raise UserError(
         f"{text!r} is no run directory, no run in runs/ and no job that was submitted from here: name the run directory"
     )

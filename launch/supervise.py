@@ -6,6 +6,8 @@ moves any more, and decides what becomes of the job. What Slurm is asked to do i
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +29,12 @@ from launch.watch import Watch
 POLL_S = 0.5
 ASK_EVERY_S = 20.0
 """Seconds between two questions to Slurm's controller."""
+
+RECORDED = ("SLURM_", "NCCL_", "GLOO_", "CUDA_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "MASTER_", "HOPE_", "PYTHONPATH")
+"""Beginnings of the variables that are kept of a start; others may hold secrets."""
+
+LAST_SECONDS = 4.0
+"""That a run has to save after its time limit, before it is ended and requeued from an older checkpoint."""
 
 STOP, STOPPED = "STOP", "STOPPED.json"
 
@@ -78,6 +86,7 @@ class Supervisor:
         self.asked: str | None = None
         self.got: set[str] = set()
         self.ends: float | None = None
+        self.terminated: float | None = None
         self.begun = time.time()
 
     def run(self) -> int:
@@ -91,15 +100,20 @@ class Supervisor:
         claim(self.places.run_dir, self.backend.start)
         self._forget_own_stop()
         nodes = self.backend.nodes()
+        write_json(self.folder / "environment.json", recorded_environment())
         self.places.note("started", start=self.backend.start, nodes=nodes, from_step=self.places.newest_step())
         self.ends = self.backend.ends()
         sick = self._check_health(nodes)
+        if sick is not None:
+            self.places.note("unhealthy", start=self.backend.start, nodes=sick)
+            print(f"start {self.backend.start}: not healthy: {sick}", flush=True)
+            healthy = [node for node in nodes if node not in sick]
+            if self.request.elastic and sick.keys() <= set(nodes) and len(healthy) >= self.request.site.node_range[0]:
+                nodes, sick = healthy, None  # enough are left
         if sick is None:
             layout = self._layout(len(nodes))
             evidence = self._train(layout, nodes)
         else:
-            self.places.note("unhealthy", start=self.backend.start, nodes=sick)
-            print(f"start {self.backend.start}: not healthy: {sick}", flush=True)
             evidence = self._evidence(unhealthy=tuple(sick))
         survive = self.survive
         decision = decide(evidence, survive.max_failures, self.request.chain, survive.disk_full_delay_s)
@@ -186,6 +200,9 @@ class Supervisor:
         while step.poll() is None:
             time.sleep(POLL_S)
             self._answer_signals()
+            if self._out_of_time():
+                backend.kill(step, "hope-train")
+                break
             hung = watch.hang()
             if hung is not None:
                 self._dump(hung, watch.idle_s, used)
@@ -209,6 +226,16 @@ class Supervisor:
             self._ask("time limit" if near or late else "requeue asked for")
         elif self.asked is None and "TERM" in got and self.backend.state()[1]:
             self._ask("preempted")
+
+    def _out_of_time(self) -> bool:
+        """Whether Slurm is ending the job for its time limit, and the run has had its last seconds to save. Slurm ends
+        this process too, after its KillWait (30 s by default): until then the job can still be requeued.
+        """
+        if "TERM" not in self._signals():
+            return False
+        if self.terminated is None:
+            self.terminated = time.monotonic() if self.backend.state()[0] == "TIMEOUT" else math.inf
+        return time.monotonic() - self.terminated > LAST_SECONDS
 
     def _ask(self, why: str) -> None:
         """Have the run save and stop, at a step's end and on all ranks together."""
@@ -284,6 +311,12 @@ class Supervisor:
             exclude=[node for node in decision.exclude if node in self.backend.nodes()],
             step=self.places.newest_step(),
         )
+
+
+def recorded_environment() -> dict[str, object]:
+    """What a start found: interpreter, host, and the variables that launchers, links and devices listen to."""
+    chosen = {key: text for key, text in sorted(os.environ.items()) if key.startswith(RECORDED)}
+    return {"python": sys.executable, "host": os.uname().nodename, "kernel": os.uname().release, "variables": chosen}
 
 
 def main() -> int:

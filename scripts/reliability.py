@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY = 40, 10
 """Steps of a run, and between two scheduled saves."""
 
-LONG = ("train.tokens=102400",)
-"""For scenarios in which Slurm itself takes its time: 400 steps."""
+LONG = ("train.tokens=76800",)
+"""For scenarios in which Slurm itself takes its time: 300 steps."""
 
 WAIT_S = 240.0
 """How long anything is waited for before a scenario has failed."""
@@ -568,6 +568,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scenario", action="append", choices=[*SCENARIOS], help="default: all of them")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions")
+    parser.add_argument("--first-seed", type=int, default=0, help="of these repetitions")
     parser.add_argument("--folder", type=Path, default=Path("/tmp") / f"hope-reliability-{os.getpid()}")
     parser.add_argument("--out", type=Path, help="append the lines of JSON here")
     parser.add_argument("--table", type=Path, help="only print the table of the lines in this file")
@@ -581,7 +582,7 @@ def main() -> int:
     rows, failed = [], 0
     with bench_in(arguments.folder) as bench:
         for name in arguments.scenario or SCENARIOS:
-            for seed in range(arguments.seeds):
+            for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
                 try:
                     row = run_scenario(bench, name, seed)
                 except Failed as error:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from hope_train.checkpoint.fence import INCARNATION, Fence, FencedError, refuse_if_in_use, write_atomically
+from hope_train.checkpoint.fence import (
+    CLAIM,
+    INCARNATION,
+    Fence,
+    FencedError,
+    claim,
+    claimed_by,
+    refuse_if_in_use,
+    write_atomically,
+)
 from hope_train.errors import UserError
 
 HOLDER = """
@@ -94,3 +103,77 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(file, "new \ud800")
     assert file.read_text(encoding="utf-8") == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+# Starts of a job
+
+
+def start(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    """This process belongs to a start of a job from here on, or to none."""
+    monkeypatch.setenv(CLAIM, name) if name is not None else monkeypatch.delenv(CLAIM, raising=False)
+
+
+def test_a_claim_fences_off_whoever_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(monkeypatch, "7.0")
+    claim(tmp_path, "7.0")
+    old = Fence.take(tmp_path)
+    assert old.id.endswith("-7.0")
+    claim(tmp_path, "7.1")
+    assert claimed_by(tmp_path) == "7.1"
+    with pytest.raises(FencedError, match=r"taken over by start 7\.1"):
+        old.check()
+    old.release()
+    assert claimed_by(tmp_path) == "7.1"
+
+
+def test_a_rank_of_an_earlier_start_that_comes_late_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(tmp_path, "7.1")
+    for late in ("7.0", "6.4", "7.10"):
+        start(monkeypatch, late)
+        with pytest.raises(FencedError, match="is over"):
+            Fence.take(tmp_path)
+    start(monkeypatch, "7.1")
+    new = Fence.take(tmp_path)
+    new.check()
+    start(monkeypatch, "7.0")
+    with pytest.raises(FencedError):
+        Fence.take(tmp_path)
+    new.check()
+
+
+def test_a_claim_outlives_its_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(monkeypatch, "7.1")
+    claim(tmp_path, "7.1")
+    Fence.take(tmp_path).release()
+    start(monkeypatch, "7.0")
+    with pytest.raises(FencedError):
+        Fence.take(tmp_path)
+
+
+def test_a_person_may_take_over_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(tmp_path, "7.0")
+    start(monkeypatch, None)
+    Fence.take(tmp_path).check()
+    assert claimed_by(tmp_path) is None
+    start(monkeypatch, "7.0")
+    with pytest.raises(FencedError, match="start None"):
+        Fence.take(tmp_path)
+
+
+def test_only_a_start_of_the_same_job_may_claim_what_a_living_process_here_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own earlier ranks may live on as orphans; anybody else's process is at work."""
+    monkeypatch.setenv(CLAIM, "7.0")
+    claim(tmp_path, "7.0")
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "taken\n"
+        with pytest.raises(UserError, match="in use"):
+            claim(tmp_path, "8.0")
+        claim(tmp_path, "7.1")
+    finally:
+        process.kill()
+        process.wait(30)
+    claim(tmp_path, "8.0")

@@ -38,6 +38,7 @@ def test_partitions_and_nodes(cluster: Cluster) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_job_from_queue_to_cancel(cluster: Cluster, script: str) -> None:
     slurm = cluster.slurm
     assert "to start at" in slurm.test(script)

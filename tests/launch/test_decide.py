@@ -23,6 +23,8 @@ CRASH = Evidence(exit_code=1, first_code=1, step=10, time=1e6)
         (Evidence(job_state="REQUEUED", terminated=True), "leave", "ended by Slurm"),
         (Evidence(job_state="NODE_FAIL", terminated=True), "leave", "ended by Slurm"),
         (Evidence(asked="time limit", stopped="signal"), "requeue", "time limit"),
+        (Evidence(job_state="TIMEOUT", terminated=True, asked="time limit", stopped="signal"), "requeue", "time limit"),
+        (Evidence(job_state="TIMEOUT", terminated=True, asked="time limit", exit_code=9), "requeue", "without saving"),
         (Evidence(asked="time limit", exit_code=1), "requeue", "without saving"),
         (Evidence(stopped="signal", detail="STOP file"), "finish", "STOP file"),
         (Evidence(terminated=True, exit_code=1), "finish", "SIGTERM"),

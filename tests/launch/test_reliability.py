@@ -19,4 +19,5 @@ def test_a_stopped_and_requeued_run_ends_in_the_bits_of_an_uninterrupted_one(ben
 def test_a_run_ends_in_the_bits_of_one_to_which_nothing_happened(bench: Bench, scenario: str) -> None:
     measured = run_scenario(bench, scenario, seed=1)
     assert measured.same
-    assert measured.starts == {"chain": 3}.get(scenario, 2)
+    if scenario != "time limit":  # how many of those there are depends on how fast the machine is
+        assert measured.starts == {"chain": 3}.get(scenario, 2)

@@ -5,23 +5,54 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from hope_train import cli
 from launch.places import Places
 from launch.request import read_request
 from scripts.reliability import Bench
+
+
+@dataclass
+class Said:
+    """What a command printed, and its exit code."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Hope = Callable[..., Said]
+
+
+@pytest.fixture
+def hope(bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Hope:
+    """`hope launch …` in this process, from the bench's folder."""
+    monkeypatch.chdir(bench.folder)
+    monkeypatch.delenv("HOPE_WIKITEXT", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(bench.folder / "state"))
+
+    def call(*arguments: str, check: bool = True) -> Said:
+        code = cli.run(["launch", *arguments])
+        said = Said(code, *capsys.readouterr())
+        assert code == 0 or not check, said.stderr
+        return said
+
+    return call
 
 
 def queued(bench: Bench) -> list[str]:
     return bench.cluster.slurm.call("squeue", "-h", "-t", "all", "-o", "%i %T").split("\n")
 
 
-def test_a_dry_run_prints_the_script_and_writes_nothing(bench: Bench) -> None:
+def test_a_dry_run_prints_the_script_and_writes_nothing(bench: Bench, hope: Hope) -> None:
     before = queued(bench)
     (bench.folder / "dry.yaml").write_text(json.dumps({**bench.site, "nodes": "2-4"}))
-    done = bench.hope("launch", "submit", "run.yaml", "name=dry", "--site", "dry.yaml", "--dry-run", "--time", "15")
+    done = hope("submit", "run.yaml", "name=dry", "--site", "dry.yaml", "--dry-run", "--time", "15")
     assert done.stdout.startswith("#!/usr/bin/env bash\n")
     assert "#SBATCH --nodes=2-4\n" in done.stdout
     assert "#SBATCH --time=15\n" in done.stdout
@@ -30,10 +61,10 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(bench: Bench) -> None:
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
 
 
-def test_slurm_says_when_it_would_start(bench: Bench) -> None:
+def test_slurm_says_when_it_would_start(bench: Bench, hope: Hope) -> None:
     before = queued(bench)
     (bench.folder / "test.yaml").write_text(json.dumps(bench.site))
-    done = bench.hope("launch", "submit", "run.yaml", "name=test", "--site", "test.yaml", "--test-only")
+    done = hope("submit", "run.yaml", "name=test", "--site", "test.yaml", "--test-only")
     assert "to start at" in done.stdout
     assert not (bench.folder / "runs" / "test").exists()
     assert queued(bench) == before
@@ -68,12 +99,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_nothing_is_queued(bench: Bench, mistake: str) -> None:
+def test_a_mistake_is_one_line_and_nothing_is_queued(bench: Bench, hope: Hope, mistake: str) -> None:
     before = queued(bench)
     options, said = MISTAKES[mistake]
     site = [] if "--site" in options else ["--site", "bad.yaml"]
     (bench.folder / "bad.yaml").write_text(json.dumps(bench.site))
-    done = bench.hope("launch", "submit", "run.yaml", "name=bad", *site, *options, check=False)
+    done = hope("submit", "run.yaml", "name=bad", *site, *options, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -82,7 +113,7 @@ def test_a_mistake_is_one_line_and_nothing_is_queued(bench: Bench, mistake: str)
     assert not list((bench.folder / "runs" / "bad").glob("launch/submissions/*"))
 
 
-def test_a_controller_that_is_gone_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_controller_that_is_gone_is_one_line(bench: Bench, hope: Hope, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real client and no controller: Slurm's own tools give up by themselves, or are given up."""
     file = bench.folder / "nobody.conf"
     conf = Path(os.environ["SLURM_CONF"]).read_text()
@@ -90,13 +121,13 @@ def test_a_controller_that_is_gone_is_one_line(bench: Bench, monkeypatch: pytest
     file.write_text(conf.replace(port, "SlurmctldPort=9\nMessageTimeout=2"))
     (bench.folder / "bad.yaml").write_text(json.dumps(bench.site))
     monkeypatch.setenv("SLURM_CONF", str(file))
-    done = bench.hope("launch", "submit", "run.yaml", "name=bad", "--site", "bad.yaml", check=False)
+    done = hope("submit", "run.yaml", "name=bad", "--site", "bad.yaml", check=False)
     assert done.returncode == 2
     assert "Slurm does not answer" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_what_is_submitted_is_kept(bench: Bench) -> None:
+def test_what_is_submitted_is_kept(bench: Bench, hope: Hope) -> None:
     """Code, configuration, script and request lie in the run directory; a second submission is refused meanwhile."""
     first = blocker(bench, "hope-kept")
     run = bench.submit("kept", "seed=7", "--nodes", "1", "--ranks-per-node", "2", "--dependency", "singleton")
@@ -108,22 +139,20 @@ def test_what_is_submitted_is_kept(bench: Bench) -> None:
         assert (request.ranks_per_node, request.elastic, request.chain) == (2, False, False)
         assert (Path(request.code["folder"]) / "launch" / "supervise.py").is_file()
         assert "#SBATCH --dependency=singleton\n" in (places.submission(1) / "job.sh").read_text()
-        again = bench.hope(
-            "launch", "submit", "run.yaml", "name=kept", "--site", "kept.site.yaml", "--nodes", "2", check=False
-        )
+        again = hope("submit", "run.yaml", "name=kept", "--site", "kept.site.yaml", "--nodes", "2", check=False)
         assert again.returncode == 2
         assert f"has job {run.jobs[0]} already" in again.stderr
-        status = json.loads(bench.hope("launch", "status", run.jobs[0], "--json").stdout)
+        status = json.loads(hope("status", run.jobs[0], "--json").stdout)
         assert status["job"] == run.jobs[0]
         assert status["run_dir"] == str(run.run_dir)
         assert status["total_steps"] == 40
     finally:
-        bench.hope("launch", "cancel", run.jobs[0])
+        hope("cancel", run.jobs[0])
         bench.cluster.slurm.cancel(first)
-    assert bench.hope("launch", "cancel", run.jobs[0], check=False).returncode == 2
+    assert hope("cancel", run.jobs[0], check=False).returncode == 2
 
 
-def test_a_sweep_is_an_array_of_runs(bench: Bench) -> None:
+def test_a_sweep_is_an_array_of_runs(bench: Bench, hope: Hope) -> None:
     """Held by a dependency, so that nothing is trained."""
     first = blocker(bench, "blocker")
     try:
@@ -134,15 +163,15 @@ def test_a_sweep_is_an_array_of_runs(bench: Bench) -> None:
         assert [Path(request.run_dir).name for request in requests] == [f"sweep-{number}" for number in range(4)]
         chosen = [(request.load().optimizer.lr, request.load().seed) for request in requests]
         assert chosen == [(1e-3, 1), (1e-3, 2), (2e-3, 1), (2e-3, 2)]
-        statuses = json.loads(bench.hope("launch", "status", str(run.run_dir), "--json").stdout)
+        statuses = json.loads(hope("status", str(run.run_dir), "--json").stdout)
         assert [status["run"] for status in statuses] == [f"sweep-{number}" for number in range(4)]
         assert bench.cluster.slurm.job(f"{job}_3") is not None
     finally:
         bench.cluster.settle()
 
 
-def test_a_run_that_cannot_be_found_is_one_line(bench: Bench) -> None:
+def test_a_run_that_cannot_be_found_is_one_line(hope: Hope) -> None:
     for command in ("status", "logs", "cancel", "requeue", "resubmit", "history"):
-        done = bench.hope("launch", command, "nobody", check=False)
+        done = hope(command, "nobody", check=False)
         assert done.returncode == 2
         assert "'nobody' is no run directory" in done.stderr
