@@ -7,6 +7,18 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hope_train.config.base import Section
+from hope_train.config.rules import (
+    MATRIX_ONLY,
+    DeepMomentumConfig,
+    DeltaMomentumConfig,
+    DGDConfig,
+    M3Config,
+    MuonConfig,
+    NewtonSchulzConfig,
+    RuleName,
+    SGDConfig,
+    check_betas,
+)
 
 
 class ScheduleConfig(Section):
@@ -28,14 +40,26 @@ class ScheduleConfig(Section):
 class OptimizerConfig(Section):
     """Update rule. Who steps when is the business of the levels, not of the rule."""
 
-    name: Literal["adamw"] = "adamw"
-    """torch.optim.AdamW."""
+    name: RuleName = "adamw"
+    """Rule of the matrices: the weights of linear layers. docs/optimizers.md has the equations."""
 
     lr: float = Field(4e-4, gt=0.0, le=1e6)
     """Peak learning rate (the paper's: 4e-4)."""
 
+    matrix_lr_scale: float = Field(1.0, gt=0.0, le=1e6)
+    """Factor on the learning rate of the matrices."""
+
+    vectors: RuleName = "adamw"
+    """Rule of vectors, scalars and convolution kernels: adamw or sgd."""
+
+    embeddings: RuleName = "adamw"
+    """Rule of the embedding and the output head: adamw or sgd."""
+
+    memories: RuleName = "adamw"
+    """Rule of the learned initial states of the memories: adamw or sgd."""
+
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the moments."""
+    """adamw: decay rates of the moments."""
 
     eps: float = Field(1e-8, gt=0.0)
     """AdamW's epsilon."""
@@ -44,7 +68,28 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of matrices; vectors, embeddings and memory states are not decayed."""
 
     fused: bool = False
-    """Use torch's fused kernel."""
+    """adamw: use torch's fused kernel."""
+
+    newton_schulz: NewtonSchulzConfig = NewtonSchulzConfig()
+    """Orthogonalisation, for the rules that use it."""
+
+    sgd: SGDConfig = SGDConfig()
+    """Of the rule sgd."""
+
+    muon: MuonConfig = MuonConfig()
+    """Of the rule muon."""
+
+    m3: M3Config = M3Config()
+    """Of the rule m3."""
+
+    delta_momentum: DeltaMomentumConfig = DeltaMomentumConfig()
+    """Of the rule delta_momentum."""
+
+    deep_momentum: DeepMomentumConfig = DeepMomentumConfig()
+    """Of the rule deep_momentum."""
+
+    dgd: DGDConfig = DGDConfig()
+    """Of the rule dgd."""
 
     rest_from_period: int | None = Field(None, ge=2)
     """Moments of levels with this period or a longer one are in host memory (page-locked) between their updates, and
@@ -55,8 +100,10 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"betas={list(self.betas)}: each must be in [0, 1)")
+        check_betas(self.betas)
+        for kind in ("vectors", "embeddings", "memories"):
+            if (rule := getattr(self, kind)) in MATRIX_ONLY:
+                raise ValueError(f"{kind}={rule}: {rule} is for the weights of linear layers; {kind} take adamw or sgd")
         return self
 
 

@@ -11,16 +11,23 @@ from hope_train.levels.optimizer import LevelOptimizer
 from hope_train.levels.ranks import Ranks
 from hope_train.levels.schedule import LevelPlan
 from hope_train.optim.rule import make_rule
+from hope_train.optim.wholes import Wholes
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, Tensor]], run: RunConfig, ranks: Ranks | None = None
+    named_parameters: Iterable[tuple[str, Tensor]],
+    run: RunConfig,
+    ranks: Ranks | None = None,
+    wholes: Wholes | None = None,
 ) -> LevelOptimizer:
-    """The configured rule under the configured levels; `named_parameters` is `model.named_parameters()`."""
+    """The configured rule under the configured levels; `named_parameters` is `model.named_parameters()`.
+
+    ranks, wholes: how the levels and the rules ask other ranks; None: there are none.
+    """
     return LevelOptimizer(
         named_parameters,
         LevelPlan.from_config(run),
-        make_rule(run.optimizer),
+        make_rule(run.optimizer, wholes),
         run.train.clip_norm,
         ranks,
         run.optimizer.rest_from_period,

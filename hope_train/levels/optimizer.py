@@ -118,6 +118,12 @@ class LevelOptimizer(torch.optim.Optimizer):
             part.name: [member for member in self._members if member.group["set"] == part.name]
             for part in self.plan.sets
         }
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        """`lr` of a group is the rate of its next update, also while its gradients are made and collected."""
+        for group in self.param_groups:
+            group["lr"] = self.plan.lr(self._plan_of(group["set"]), group["updates"] + 1)
 
     # Reading
 
@@ -193,6 +199,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         self.ranks.changed(due)  # what is reset has been due
         self._count("steps", lambda group: True)
         self._count("updates", lambda group: group["set"] in due)
+        self._set_rates()
         return self._report(number, norms, applied=True, clips=clips, ratios=ratios, resets=resets)
 
     def _count(self, counter: str, which: Callable[[dict[str, Any]], bool]) -> None:
@@ -219,9 +226,6 @@ class LevelOptimizer(torch.optim.Optimizer):
             for name in due:
                 self._close_period(name)
             clips = self._clip(stepping)
-            for group in self.param_groups:
-                part = self._plan_of(group["set"])
-                group["lr"] = self.plan.lr(part, group["updates"] + 1)
             before = self._weights(due) if measure else None
             self._resting.step(
                 self.optimizer,
@@ -419,6 +423,7 @@ class LevelOptimizer(torch.optim.Optimizer):
         """
         self.materialize_state()
         named_state.restore(self.param_groups, self.state, saved)
+        self._set_rates()
 
 
 def _is_finite(loss: float | Tensor) -> bool:

@@ -22,12 +22,17 @@ from hope_train.levels.optimizer import LevelOptimizer
 from hope_train.levels.report import StepReport
 from hope_train.levels.schedule import LevelPlan, canonical_name, level_of, set_name
 from hope_train.model.hope import HopeModel, build_model
+from hope_train.optim.dgd import SumRanks
+from hope_train.optim.mixed import MixedRule
+from hope_train.parallel import collectives
 from hope_train.parallel.data import DataParallel
 from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.micro import micro_batches
+from hope_train.parallel.plan import Split, split_of_module
 from hope_train.parallel.ranks import MeshRanks
 from hope_train.parallel.rows import Rows
 from hope_train.parallel.tensor import TensorParallel
+from hope_train.parallel.wholes import mesh_wholes
 
 State = dict[str, dict[str, Tensor]]
 """As `checkpoint.tensors.State`: by shard set and name."""
@@ -161,6 +166,11 @@ def shares_of(mesh: Mesh) -> Shares:
 def check_supported(config: RunConfig, mesh: Mesh) -> None:
     """Raises UserError for what this engine cannot train."""
     check_sizes(mesh)
+    if config.optimizer.name == "dgd" and config.train.compile == "model":
+        raise UserError(
+            "optimizer.name=dgd reads the inputs of linear layers, which train.compile=model compiles away: set "
+            "train.compile=memory or none"
+        )
     if mesh.sizes.tp > 1 and config.train.compile == "model":
         raise UserError(
             "train.compile=model compiles across the exchanges of tensor parallelism: set train.compile=memory or none "
@@ -195,6 +205,18 @@ def build_spread_model(
     return model, tensor
 
 
+def watch_layers(optimizer: LevelOptimizer, model: HopeModel, config: RunConfig, tensor: TensorParallel | None) -> None:
+    """Let a rule that makes gradients of its own see the inputs of linear layers."""
+
+    def over_ranks(name: str) -> SumRanks | None:
+        if tensor is None or split_of_module(name) is not Split.ROWWISE:
+            return None
+        return lambda partial: collectives.sum_over_ranks(partial, tensor.group)
+
+    if isinstance(optimizer.rule, MixedRule):
+        optimizer.rule.watch(model, config.train.batch_tokens, over_ranks)
+
+
 def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None) -> Engine:
     """Model and optimizer of a run, spread over the mesh. Initial weights are, bit for bit, those of one process.
 
@@ -207,7 +229,9 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
     check_supported(config, mesh)
     model, tensor = build_spread_model(config, mesh, dtype)
     if mesh.device_mesh is None:
-        return Engine(mesh, model, build_optimizer(model.named_parameters(), config))
+        optimizer = build_optimizer(model.named_parameters(), config)
+        watch_layers(optimizer, model, config, None)
+        return Engine(mesh, model, optimizer)
     replicated = [] if tensor is None else tensor.replicated()
     data = None
     if (data_group := mesh.group("dp_replicate")) is not None:
@@ -225,5 +249,6 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
         mesh.data_rank,
         mesh.device,
     )
-    optimizer = build_optimizer(model.named_parameters(), config, ranks)
+    optimizer = build_optimizer(model.named_parameters(), config, ranks, mesh_wholes(model, mesh, tensor))
+    watch_layers(optimizer, model, config, tensor)
     return Engine(mesh, model, optimizer, tensor, data, config.parallel.check_collectives)

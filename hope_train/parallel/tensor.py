@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from hope_train.model.hope import HopeModel
+from hope_train.optim.matrices import WHOLE
 from hope_train.parallel import collectives
 from hope_train.parallel.plan import Split, part_of, split_of_module, split_of_parameter
 from hope_train.parallel.vocab import VocabularyPart, embed_part
@@ -147,8 +148,9 @@ class TensorParallel:
         for name, tensor in tensors.items():
             parameter = name.split(".", 2)[2] if name.startswith("optimizer.") and name.count(".") > 1 else name
             layout = self.layouts.get(parameter)
-            # Besides what has a parameter's shape there are numbers: counters of the update rule.
-            found[name] = tensor if layout is None or tensor.ndim == 0 else layout.wrap(tensor, self.mesh)
+            # Besides what has a parameter's shape there are numbers and wholes: counters, and states of update rules.
+            whole = layout is None or tensor.ndim == 0 or name.startswith(f"optimizer.{WHOLE}")
+            found[name] = tensor if layout is None or whole else layout.wrap(tensor, self.mesh)
         return found
 
 

@@ -40,7 +40,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_config(arch: str, tied: bool = False, vocab: int = 67, **parallel: Any) -> RunConfig:
+def make_config(
+    arch: str, tied: bool = False, vocab: int = 67, optimizer: dict[str, Any] | None = None, **parallel: Any
+) -> RunConfig:
     """Two layers of four heads, 4 micro-batches of one or more rows of 16 tokens, clipping always active."""
     tree = {
         "seed": 5,
@@ -53,7 +55,7 @@ def make_config(arch: str, tied: bool = False, vocab: int = 67, **parallel: Any)
             "init_std": 0.1,
             **MODELS[arch],
         },
-        "optimizer": {"lr": 0.003, "schedule": {"kind": "cosine", "warmup_tokens": 256}},
+        "optimizer": {"lr": 0.003, "schedule": {"kind": "cosine", "warmup_tokens": 256}, **(optimizer or {})},
         "train": {
             "context_length": 16,
             "batch_tokens": 128,
