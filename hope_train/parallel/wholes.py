@@ -90,7 +90,7 @@ class MeshWholes(Wholes):
         return list((sums / sums.new_tensor(sizes) / (self.ranks / len(self.mates))).unbind())
 
     def _collect(self, turn: Sequence[Sequence[Job]], kind: torch.dtype) -> list[Tensor]:
-        """The whole matrices that this rank works on in a round, [job, O, I] per entry; it sends its parts of others."""
+        """The whole matrices this rank works on in a round, [job, O, I] per entry; it sends its parts of others."""
         own = turn[self.rank]
         if len(self.mates) == 1:
             return stacked([[part.to(kind) for part in job.parts()] for job in own])
@@ -174,7 +174,7 @@ def spreads_of(
     Args:
         places: by rank of the group, its coordinates along the dimensions of the mesh.
     """
-    found = {}
+    found: dict[Tensor, Spread] = {}
     for name, parameter in model.named_parameters():
         if kind_of(name, parameter.ndim) != "matrices":
             continue

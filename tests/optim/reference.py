@@ -15,7 +15,7 @@ Update = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 
 def orthogonal(matrix: np.ndarray, config: OptimizerConfig) -> np.ndarray:
-    """Newton-Schulz through the singular values, on each of which the iteration is the polynomial a s + b s^3 + c s^5."""
+    """Newton-Schulz through the singular values: on each the iteration is the polynomial a s + b s^3 + c s^5."""
     schulz = config.newton_schulz
     size = max(math.sqrt((matrix**2).sum()), schulz.eps)
     u, s, v = np.linalg.svd(matrix / size, full_matrices=False)

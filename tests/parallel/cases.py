@@ -252,3 +252,22 @@ def load(folder: str, arch: str, **options: Any) -> dict[str, torch.Tensor]:
     own = own_accumulators(engine)
     engine.optimizer.fold()
     return whole_state(engine) | {"own": own}
+
+
+    return whole_state(engine)
+
+
+def worked_on(arch: str, **options: Any) -> tuple[int, int]:
+    """(matrices that this rank has orthogonalised in a step, matrices that were due)."""
+    config = make_config(arch, **options)
+    engine = open_engine(config, "float32")
+    source: Any = RandomBatches(config)
+    _, report, _ = optimizer_step(engine, source, config.train, 0, measure=False)
+    wholes = getattr(engine.optimizer.rule, "wholes")  # noqa: B009  (the protocol does not know it)
+    due = [
+        name
+        for group in engine.optimizer.param_groups
+        for name in group["param_names"]
+        if group["rule"] == "muon" and report.sets[group["set"]].due
+    ]
+    return wholes.worked_on, len(due)
