@@ -125,7 +125,7 @@ class DeepMomentumConfig(Section):
     """Rate at which the MLP learns, before it is divided by a bound of the curvature. Open."""
 
     alpha: float = Field(0.999, gt=0.0, le=1.0)
-    """What the MLP's weights keep at each update (Eq. 50's alpha; the first layer decays to its start). Open."""
+    """What the MLP's last layer keeps at each update (Eq. 50's alpha); the first does not decay. Open."""
 
     output: Output = "newton_schulz"
     """`linear` applies m(u); `newton_schulz` its orthogonalisation (Eq. 52). Open."""

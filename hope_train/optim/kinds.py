@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from hope_train.config.rules import RuleName
 from hope_train.config.train import OptimizerConfig
 from hope_train.optim.decay import is_decayed
 
 Kind = Literal["matrices", "vectors", "embeddings", "memories"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+BATCH_BYTES = 32 * 2**20
+"""Whole matrices of one shape are worked on together, as many as stay below this (or one)."""
 
 MATCHED_RMS = 0.2
 """Root mean square of AdamW's updates, about (Liu et al., arXiv 2502.16982)."""
@@ -53,3 +57,8 @@ def state_numbers(config: OptimizerConfig, rule: RuleName, local: int, shape: tu
         return 2 * config.deep_momentum.width * shape[1]  # whole on every rank
     momentum = {"sgd": config.sgd.momentum, "dgd": config.dgd.momentum}.get(rule, 1.0)
     return local * {"adamw": 2, "m3": 4}.get(rule, int(momentum > 0))
+
+
+def batch_size(shape: tuple[int, ...], itemsize: int) -> int:
+    """Matrices of this shape that are worked on together."""
+    return max(1, BATCH_BYTES // (math.prod(shape) * itemsize))

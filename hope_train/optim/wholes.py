@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BATCH_BYTES = 32 * 2**20
-"""Matrices of one shape are worked on together, as many as stay below this (or one)."""
+from hope_train.optim.kinds import batch_size
 
 Stacks = list[Tensor]
 """Each [n, O, I]: n matrices of one shape."""
@@ -78,19 +77,14 @@ class Wholes:
 
 def batches(jobs: Sequence[Job], shape: Callable[[Tensor], tuple[int, ...]]) -> list[list[Job]]:
     """Jobs whose matrices have one whole shape and type together, below BATCH_BYTES."""
-    groups: dict[tuple[object, ...], list[Job]] = {}
+    groups: dict[tuple[tuple[int, ...], torch.dtype], list[Job]] = {}
     for job in jobs:
         groups.setdefault((shape(job.parameter), job.parameter.dtype), []).append(job)
     found = []
     for (size, dtype), members in groups.items():
-        each = batch_size(size, dtype.itemsize)  # type: ignore[arg-type,attr-defined]
+        each = batch_size(size, dtype.itemsize)
         found += [members[first : first + each] for first in range(0, len(members), each)]
     return found
-
-
-def batch_size(shape: tuple[int, int], itemsize: int) -> int:
-    """Matrices of this shape in one batch."""
-    return max(1, BATCH_BYTES // (shape[0] * shape[1] * itemsize))
 
 
 def stacked(rows: Sequence[Sequence[Tensor]]) -> Stacks:

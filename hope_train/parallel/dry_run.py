@@ -20,7 +20,9 @@ from hope_train.config.mesh import MeshSizes
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.model.hope import HopeModel
+from hope_train.optim.kinds import kind_of, rule_of
 from hope_train.optim.rule import make_rule
+from hope_train.optim.wholes import Wholes
 from hope_train.parallel.mesh import DIMENSIONS
 from hope_train.parallel.tensor import TensorParallel
 from hope_train.plan.stages import part_count, parts_of_rank, stage_layers
@@ -40,8 +42,8 @@ class Held:
     numbers: dict[str, int]
     """Parameters after sharding, padding included."""
 
-    moments: int
-    """Bytes of the update rule's state."""
+    state: int
+    """Bytes that the update rules keep."""
 
 
 def build_ranks(config: RunConfig, sizes: MeshSizes, places: Sequence[Place]) -> Iterator[Held]:
@@ -75,8 +77,7 @@ def fake_group(rank: int, world: int) -> Iterator[None]:
 
 
 def _build(config: RunConfig, sizes: MeshSizes, mesh: DeviceMesh, place: Place) -> Held:
-    with torch.device("meta"):
-        model = HopeModel(config.model)
+    model = _whole_model(config)
     if sizes.tp > 1:
         tensor = TensorParallel(model, mesh["tp"], config.parallel.sequence_parallel)
         for name, parameter in list(model.named_parameters()):
@@ -90,10 +91,34 @@ def _build(config: RunConfig, sizes: MeshSizes, mesh: DeviceMesh, place: Place) 
         numbers = dict(_padded(model))
     else:
         numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    rule = make_rule(config.optimizer)
+    return Held(place, shapes, numbers, _state_bytes(config, shapes, numbers))
+
+
+class _NamedWholes(Wholes):
+    """Whole shapes of parameters whose shards have lost theirs."""
+
+    def __init__(self, shapes: dict[torch.Tensor, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        return self.shapes[parameter]
+
+
+def _state_bytes(config: RunConfig, shapes: dict[str, tuple[int, ...]], numbers: dict[str, int]) -> int:
+    """What the rules keep of parameters that have so many numbers on this rank."""
+    whole = {name: tuple(p.shape) for name, p in _whole_model(config).named_parameters()}
     owned = {name: torch.empty(count, device="meta") for name, count in numbers.items()}
-    state = [entry for tensor in owned.values() for entry in rule.initial_state(tensor, {}).values() if entry.ndim]
-    return Held(place, shapes, numbers, sum(entry.nbytes for entry in state))
+    rule = make_rule(config.optimizer, _NamedWholes({tensor: whole[name] for name, tensor in owned.items()}))
+    total = 0
+    for name, tensor in owned.items():
+        group = {"rule": rule_of(config.optimizer, kind_of(name, len(shapes[name])))}
+        total += sum(entry.nbytes for entry in rule.initial_state(tensor, group).values() if entry.ndim)
+    return total
+
+
+def _whole_model(config: RunConfig) -> HopeModel:
+    with torch.device("meta"):
+        return HopeModel(config.model)
 
 
 def _keep_stage(model: HopeModel, config: RunConfig, rank: int) -> None:

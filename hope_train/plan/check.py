@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hope_train.errors import UserError
 from hope_train.parallel.plan import local_shape
 from hope_train.plan.costs import Plan
+from hope_train.plan.footprint import state_item
 from hope_train.plan.parameters import parameter_shapes
 from hope_train.plan.sharding import padded_shard
 
@@ -87,7 +88,7 @@ def _compare(plan: Plan, held: Held) -> Iterator[str]:
             yield f"{where}: {name} has {found:,} numbers, planned {shard:,}"
     items = {item.name: item.bytes for item in rank.footprint.items}
     away = rank.footprint.on_host  # the ranks that are built keep everything with them
-    sizes = {"parameters (fp32)": 4 * sum(held.numbers.values()), "AdamW moments (fp32)": held.moments - away}
+    sizes = {"parameters (fp32)": 4 * sum(held.numbers.values()), state_item(plan.config): held.state - away}
     for name, size in sizes.items():
         # The plan is that of the rank that holds most, which is the first.
         if size > items[name] or (tp == 0 and size != items[name]):

@@ -15,8 +15,9 @@ from hope_train.config.model import ModelConfig
 from hope_train.config.parallel import ParallelConfig
 from hope_train.config.tree import RunConfig
 from hope_train.levels.schedule import REST_AT_A_TIME, LevelPlan, level_of
+from hope_train.optim.kinds import KINDS, batch_size, kind_of, rule_of, state_numbers
 from hope_train.plan.devices import GIB, Device
-from hope_train.plan.parameters import memory_state_shapes
+from hope_train.plan.parameters import memory_state_shapes, parameter_shapes
 from hope_train.plan.pipeline import heads_in_flight, layers_in_flight, micro_batches
 from hope_train.plan.sharding import RankShare, padded_shard, rank_shares
 from hope_train.plan.stages import part_count
@@ -26,6 +27,9 @@ FP32 = 4
 
 RESERVED_SHARE = 0.06
 """Part of an accelerator's memory that is not ours to fill: fragmentation of the allocator's blocks."""
+
+BATCH_COPIES = 6
+"""Of a batch of whole matrices while it is orthogonalised: what went in, X twice, X X^T and its square, the result."""
 
 CONTEXT_BYTES = int(1.0 * GIB)
 """Libraries, kernels and their workspaces on an accelerator."""
@@ -135,6 +139,26 @@ def shard_numbers(mesh: MeshSizes, share: RankShare) -> dict[int | None, int]:
     return numbers
 
 
+def state_item(config: RunConfig, which: str = "") -> str:
+    """What the bytes that the update rules keep are called."""
+    rules = {rule_of(config.optimizer, kind) for kind in KINDS}
+    return " ".join(filter(None, ["AdamW moments" if rules == {"adamw"} else "states of the rules", which, "(fp32)"]))
+
+
+def rule_state_bytes(config: RunConfig, mesh: MeshSizes, share: RankShare, from_period: int = 1) -> int:
+    """What the update rules of all parameters of these periods keep on a rank, padding of its shards included."""
+    whole, periods = (
+        parameter_shapes(config.model),
+        {part.level: part.period for part in LevelPlan.from_config(config).sets},
+    )
+    numbers = 0
+    for name, shape in share.shapes.items():
+        if periods[level_of(name)] >= from_period:
+            rule, own = rule_of(config.optimizer, kind_of(name, len(shape))), padded_shard(shape, mesh.dp_shard)
+            numbers += state_numbers(config.optimizer, rule, own, whole[name])
+    return FP32 * numbers
+
+
 def memory_state_bytes(config: RunConfig, mesh: MeshSizes, share: RankShare) -> int:
     """Fast weights of one micro-batch in all layers of a rank, fp32: the live state, without what backward keeps."""
     if config.model.arch != "hope":
@@ -157,17 +181,18 @@ def _static_items(config: RunConfig, mesh: MeshSizes, share: RankShare, on_accel
     )
     count = sum(own.values())
     rest = config.optimizer.rest_from_period
-    away = sum(own.get(part.level, 0) for part in plan.sets if rest is not None and part.period >= rest)
+    kept = rule_state_bytes(config, mesh, share)
+    away = 0 if rest is None else rule_state_bytes(config, mesh, share, from_period=rest)
     items = [
         Item("parameters (fp32)", FP32 * count),
         Item("gradients (fp32)", FP32 * count),
-        Item("AdamW moments (fp32)", 2 * FP32 * (count - (away if on_accelerator else 0))),
+        Item(state_item(config), kept - (away if on_accelerator else 0)),
     ]
     if away:
-        some = min(2 * FP32 * away, REST_AT_A_TIME)
+        some = min(away, REST_AT_A_TIME)
         items.append(Item("moments that rest in host memory, while they are stepped", some, transient=True))
         if on_accelerator:
-            items.append(Item(f"AdamW moments of periods from {rest} on (fp32)", 2 * FP32 * away, on_host=True))
+            items.append(Item(state_item(config, f"of periods from {rest} on"), away, on_host=True))
     if slow:
         items.append(Item("accumulators of slow levels (fp32)", FP32 * slow))
     if anchored:
@@ -203,10 +228,20 @@ def _gathered_items(config: RunConfig, mesh: MeshSizes, share: RankShare) -> lis
 
 
 def _step_bytes(config: RunConfig, mesh: MeshSizes, share: RankShare, on_accelerator: bool) -> int:
-    """The old weights that update ratios are measured against, and the fused-over-tensors kernels' square roots."""
-    own = shard_numbers(mesh, share)
-    foreach = on_accelerator and not config.optimizer.fused
-    return FP32 * sum(own.values()) + (FP32 * max(own.values()) if foreach else 0)
+    """The old weights that update ratios are measured against, and the fused-over-tensors kernels' square roots; with
+    rules for matrices their updates (M3's of all matrices at once) and a batch of whole ones with what it takes to
+    orthogonalise it."""
+    own, rules = shard_numbers(mesh, share), config.optimizer
+    foreach = on_accelerator and not rules.fused
+    numbers = sum(own.values()) + (max(own.values()) if foreach else 0)
+    if rules.name in ("muon", "m3", "delta_momentum", "deep_momentum"):
+        whole = parameter_shapes(config.model)
+        names = [name for name, shape in share.shapes.items() if kind_of(name, len(shape)) == "matrices"]
+        batches = [batch_size(whole[name], FP32) * math.prod(whole[name]) for name in names]
+        numbers += BATCH_COPIES * max(batches)
+        if rules.name == "m3":
+            numbers += sum(padded_shard(share.shapes[name], mesh.dp_shard) for name in names)
+    return FP32 * numbers
 
 
 def _cast_matrices(share: RankShare) -> int:

@@ -77,9 +77,9 @@ def test_learning_rates_reported_are_those_applied() -> None:
     toy = Toy(run)
     plan = LevelPlan.from_config(run)
     for step in range(1, 13):
+        applied = {group["set"]: group["lr"] for group in toy.optimizer.param_groups}  # of the next update
         report = toy.step(step)
         assert report.sets["level_1"].lr == plan.lr(plan.sets[2], (step + 3) // 4)
-        applied = {group["set"]: group["lr"] for group in toy.optimizer.param_groups}
         assert {name: part.lr for name, part in report.sets.items()} == applied
 
 

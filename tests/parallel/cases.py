@@ -253,7 +253,6 @@ def load(folder: str, arch: str, **options: Any) -> dict[str, torch.Tensor]:
     engine.optimizer.fold()
     return whole_state(engine) | {"own": own}
 
-
     return whole_state(engine)
 
 

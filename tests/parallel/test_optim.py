@@ -57,7 +57,7 @@ def check(gang: Gang, arch: str, rule: str, layout: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "rule", "layout"),
     [
-        ("hope", "m3", "tp2-sp-dp2"),
+        ("hope_attention", "m3", "tp2-sp-dp2"),
         ("hope_attention", "dgd", "tp2-sp-dp2"),
         ("transformer_pp", "deep_momentum", "tp2"),
         ("hope_attention", "delta_momentum", "dp2"),

@@ -47,6 +47,20 @@ def test_small_meshes_hold_what_is_planned(name, devices, overrides):
     assert "are those of the plan" in result.verdict
 
 
+@pytest.mark.parametrize("rule", ["sgd", "muon", "m3", "delta_momentum", "deep_momentum", "dgd"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.dp_shard=3", "parallel.tp=2", "train.batch_tokens=98304"],
+        ["parallel.pp=2", "parallel.dp_shard=3", "train.batch_tokens=98304"],
+    ],
+    ids=lambda value: "-".join(value[:2]),
+)
+def test_states_of_every_rule_are_what_is_planned(rule, overrides):
+    result = dry_run(plan_of("hope_small", 6, f"optimizer.name={rule}", *overrides))
+    assert result.differences == ()
+
+
 def test_what_is_not_as_planned_is_named():
     plan = plan_of("hope_small", 4, "parallel.dp_shard=2", "parallel.tp=2")
     (rank,) = plan.ranks

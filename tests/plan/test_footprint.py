@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hope_train.config.load import load_config
+from hope_train.config.train import OptimizerConfig
 from hope_train.config.tree import RunConfig
 from hope_train.levels.build import build_optimizer
 from hope_train.memory import chunked
@@ -76,6 +77,23 @@ def test_moments_that_rest_are_not_on_the_device():
     on_cpu = training_footprint(resting, on_accelerator=False)
     assert on_cpu.on_host == 0
     assert on_cpu.peak >= training_footprint(config, on_accelerator=False).peak
+
+
+@pytest.mark.parametrize("rule", ["sgd", "muon", "m3", "delta_momentum", "deep_momentum", "dgd"])
+def test_states_of_other_rules_are_exact(rule):
+    levels = [{"width": 16, "period": 1}, {"width": 24, "period": 2}]
+    config = run_config(arch="hope", cms={"levels": levels})
+    config = config.model_copy(update={"optimizer": OptimizerConfig(name=rule, embeddings="sgd")})
+    model = build_model(config.model)
+    optimizer = build_optimizer(model.named_parameters(), config)
+    optimizer.materialize_state()
+    held = sum(
+        tensor.nbytes
+        for state in optimizer.state.values()
+        for key, tensor in state.items()
+        if tensor.ndim and key != "accumulator"
+    )
+    assert named(config, "states of the rules") == held
 
 
 def measured_activations(config):
