@@ -302,3 +302,14 @@ def test_a_gradient_of_zeros_changes_nothing_but_decay() -> None:
 
 def test_the_slow_direction_waits_for_its_period() -> None:
     assert not M3.fresh(OptimizerConfig(), torch.ones(2, 2), Wholes())["slow_direction"].any()
+
+
+@pytest.mark.parametrize(("name", "options"), RULES, ids=rule_id)
+def test_states_may_rest_between_updates(name: str, options: dict[str, Any]) -> None:
+    plain = Toy(config([1, 2, 4], steps=12, name=name, **options))
+    resting = Toy(config([1, 2, 4], steps=12, name=name, rest_from_period=2, **options))
+    for step in range(1, 13):
+        plain.step(step)
+        resting.step(step)
+    for key, value in plain.weights().items():
+        assert np.array_equal(resting.weights()[key], value), key
