@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest tests -n $(WORKERS) --durations=10
 # Passed on to pytest: make test-all PART=1/4 ARGS="-m slow"
 ARGS ?=
 
-.PHONY: help setup setup-slurm demo test test-all check format bench bench-parallel lock clean
+.PHONY: help setup setup-slurm demo test test-all check format bench bench-optim bench-parallel lock clean
 
 help:  ## this list
 	@awk -F ':.*##  *' '/^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ format: setup  ## rewrite the code in the project's format, and docs/configurati
 
 bench: setup  ## speed and memory against the Transformer++ twin, one JSON line per row
 	@$(BIN)/python -m scripts.bench
+
+bench-optim: setup  ## step time and state of every update rule, one JSON line per row
+	@$(BIN)/python -m scripts.bench_optim
 
 bench-parallel: setup  ## what parallelism and sharded checkpoints cost, one JSON line per row
 	@$(BIN)/python -m scripts.bench_parallel
