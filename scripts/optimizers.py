@@ -133,7 +133,7 @@ class Study:
     def best_factor(self, variant: str, seed: int) -> float:
         """Swept with one seed."""
         factors = list(VARIANTS[variant][1])
-        for _ in range(3):
+        for _ in range(2):
             losses = [self._loss(variant, factor, seed) for factor in factors]
             best = losses.index(min(losses))
             if 0 < best < len(factors) - 1:
