@@ -249,6 +249,13 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
         mesh.data_rank,
         mesh.device,
     )
-    optimizer = build_optimizer(model.named_parameters(), config, ranks, mesh_wholes(model, mesh, tensor))
+
+    def layout(name: str) -> tuple[tuple[int, ...], int | None]:
+        if tensor is None:
+            return tuple(model.get_parameter(name).shape), None
+        return tensor.layouts[name].shape, tensor.layouts[name].dim
+
+    wholes = mesh_wholes(dict(model.named_parameters()), mesh, layout)
+    optimizer = build_optimizer(model.named_parameters(), config, ranks, wholes)
     watch_layers(optimizer, model, config, tensor)
     return Engine(mesh, model, optimizer, tensor, data, config.parallel.check_collectives)

@@ -14,7 +14,7 @@ from itertools import product
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hope_train.config.mesh import MeshSizes
@@ -22,7 +22,6 @@ from hope_train.optim.kinds import kind_of
 from hope_train.optim.wholes import Done, Job, Wholes, Work, batches, stacked
 from hope_train.parallel.mesh import DIMENSIONS, Mesh
 from hope_train.parallel.plan import part_of
-from hope_train.parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -166,40 +165,49 @@ def deal(jobs: Sequence[Job], shape: Callable[[Tensor], tuple[int, ...]], ranks:
     return dealt
 
 
-def spreads_of(
-    model: nn.Module, places: Sequence[Mapping[str, int]], sizes: MeshSizes, tensor: TensorParallel | None
-) -> dict[Tensor, Spread]:
-    """Of every matrix of a model on its mesh.
+def spread_of(
+    shape: tuple[int, int], divided: int | None, places: Sequence[Mapping[str, int]], sizes: MeshSizes
+) -> Spread:
+    """Where the parts of a matrix are: cut by tensor parallelism, and what is left of it into rows by sharding.
 
     Args:
+        shape: in the unsharded model.
+        divided: the dimension that tensor parallelism cuts; None: neither.
         places: by rank of the group, its coordinates along the dimensions of the mesh.
     """
-    found: dict[Tensor, Spread] = {}
-    for name, parameter in model.named_parameters():
-        if kind_of(name, parameter.ndim) != "matrices":
-            continue
-        whole = tuple(parameter.shape) if tensor is None else tensor.layouts[name].shape
-        divided = None if tensor is None else tensor.layouts[name].dim
-        parts = []
-        for place in places:
-            rows, columns = (
-                part_of(size, place["tp"], sizes.tp) if dim == divided else range(size)
-                for dim, size in enumerate(whole)
-            )
-            parts.append((slice(rows.start, rows.stop), slice(columns.start, columns.stop)))
-        found[parameter] = Spread((whole[0], whole[1]), tuple(parts))
-    return found
+    parts = []
+    for place in places:
+        rows, columns = (
+            part_of(size, place["tp"], sizes.tp) if dim == divided else range(size) for dim, size in enumerate(shape)
+        )
+        rows = rows[slice_of(part_of(len(rows), place["dp_shard"], sizes.dp_shard))]
+        parts.append((slice_of(rows), slice_of(columns)))
+    return Spread(shape, tuple(parts))
 
 
-def mesh_wholes(model: nn.Module, mesh: Mesh, tensor: TensorParallel | None) -> MeshWholes:
-    """The seam between the rules and a model on its mesh, over the ranks of one stage of the pipeline."""
-    assert mesh.device_mesh is not None
+def slice_of(numbers: range) -> slice:
+    """The same places."""
+    return slice(numbers.start, numbers.stop)
+
+
+def mesh_wholes(
+    held: Mapping[str, Tensor], mesh: Mesh, layout: Callable[[str], tuple[tuple[int, ...], int | None]]
+) -> MeshWholes:
+    """The seam between the rules and a model on its mesh.
+
+    Args:
+        held: what this rank has of each parameter, by name in the unsharded model.
+        layout: by name, the whole shape and the dimension that tensor parallelism cuts.
+    """
     places = [
         dict(zip(DIMENSIONS, place, strict=True))
         for place in product(*(range(getattr(mesh.sizes, dimension)) for dimension in DIMENSIONS))
     ]
-    assert mesh.sizes.pp == 1
+    spreads = {}
+    for name, parameter in held.items():
+        if kind_of(name, parameter.ndim) == "matrices":
+            (rows, columns), divided = layout(name)
+            spreads[parameter] = spread_of((rows, columns), divided, places, mesh.sizes)
     group = dist.group.WORLD
     assert group is not None
-    copies = [place["dp_replicate"] for place in places]
-    return MeshWholes(group, spreads_of(model, places, mesh.sizes, tensor), copies, mesh.device)
+    return MeshWholes(group, spreads, [place["dp_replicate"] for place in places], mesh.device)

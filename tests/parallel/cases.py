@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from hope_train.checkpoint.spread import live_state, run_state
 from hope_train.checkpoint.store import newest_whole
 from hope_train.checkpoint.writer import CheckpointWriter, Facts
 from hope_train.config.load import validate
+from hope_train.config.mesh import MeshSizes
 from hope_train.config.tree import RunConfig
+from hope_train.optim import kinds
+from hope_train.optim.wholes import Job
 from hope_train.parallel.engine import Engine, build_engine
-from hope_train.parallel.mesh import open_mesh
+from hope_train.parallel.mesh import DIMENSIONS, Mesh, open_mesh
+from hope_train.parallel.wholes import MeshWholes, mesh_wholes, spread_of
 from hope_train.train import randomness
 from hope_train.train.session import load_progress
 from hope_train.train.step import optimizer_step
@@ -270,3 +275,57 @@ def worked_on(arch: str, **options: Any) -> tuple[int, int]:
         if group["rule"] == "muon" and report.sets[group["set"]].due
     ]
     return wholes.worked_on, len(due)
+
+
+def parts_and_back(sizes: dict[str, int], limit: int) -> tuple[int, dict[str, float]]:
+    """Work on random matrices through the seam; matrices this rank has worked on, and the largest errors."""
+    mesh_sizes = MeshSizes(**{"tp": 1, "dp_shard": 1, "dp_replicate": 1, **sizes})
+    shapes = [(6, 4), (3, 8), (6, 4), (6, 4), (2, 2), (10, 4), (3, 8)]
+    dims = [0, 1, 1, 0, 1, 0, 1]
+    generator = torch.Generator().manual_seed(0)
+    full = [torch.randn(3, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    mesh = Mesh(mesh_sizes, torch.device("cpu"))
+    spread = mesh_wholes({}, mesh, lambda name: ((), None))
+    places = [
+        dict(zip(DIMENSIONS, place, strict=True))
+        for place in product(*(range(getattr(mesh_sizes, dimension)) for dimension in DIMENSIONS))
+    ]
+    spreads = {}
+    for whole, shape, dim in zip(full, shapes, dims, strict=True):
+        found = spread_of(shape, dim if mesh_sizes.tp > 1 else None, places, mesh_sizes)
+        spreads[whole[0][found.parts[spread.rank]].clone()] = found
+    wholes = MeshWholes(spread.group, spreads, spread.copies, mesh.device)
+    states = [whole[0, :1, :3].clone() for whole in full]
+
+    def work(parts: list[torch.Tensor], kept: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        first, second = parts
+        return [first @ second.mT @ first, second + 1], [2 * kept[0]]
+
+    def local(number: int, entry: int) -> torch.Tensor:
+        return full[number][entry][list(spreads.values())[number].parts[wholes.rank]]
+
+    numbers = {parameter: number for number, parameter in enumerate(spreads)}
+    jobs = [
+        Job(parameter, lambda number=number: [local(number, 0), local(number, 1)], [states[number]])  # type: ignore[misc]
+        for parameter, number in numbers.items()
+    ]
+    errors = {"parts": 0.0, "wholes": 0.0, "mean squares": 0.0}
+    seen = []
+    usual, kinds.BATCH_BYTES = kinds.BATCH_BYTES, limit
+    try:
+        finished = list(wholes.each(jobs, work, results=2))
+    finally:
+        kinds.BATCH_BYTES = usual
+    for done in finished:
+        number = numbers[done.job.parameter]
+        seen.append(number)
+        first, second, _ = full[number]
+        place = list(spreads.values())[number].parts[wholes.rank]
+        for mine, whole in zip(done.parts, (first @ second.mT @ first, second + 1), strict=True):
+            errors["parts"] = max(errors["parts"], float((mine - whole[place]).abs().sum()))
+        errors["wholes"] = max(errors["wholes"], float((done.wholes[0] - 2 * states[number]).abs().max()))
+    assert sorted(seen) == list(range(len(shapes)))
+    means = wholes.mean_squares(list(spreads), [local(number, 2) for number in range(len(full))])
+    for mean, whole in zip(means, full, strict=True):
+        errors["mean squares"] = max(errors["mean squares"], float((mean - whole[2].square().mean()).abs()))
+    return wholes.worked_on, {name: 0.0 if error < 1e-12 else error for name, error in errors.items()}
