@@ -415,4 +415,13 @@ def test_the_order_is_the_same_everywhere(opened: Open) -> None:
     assert names == EXPECTED
 
 
-EXPECTED = ['d.parquet:19', 'd.parquet:19', 'f.arrow:15', 'f.arrow:15', 'g8.txt', 'b.jsonl.gz:5', 'c.jsonl.zst:16', 'a.jsonl:15']
+EXPECTED = [
+    "d.parquet:19",
+    "d.parquet:19",
+    "f.arrow:15",
+    "f.arrow:15",
+    "g8.txt",
+    "b.jsonl.gz:5",
+    "c.jsonl.zst:16",
+    "a.jsonl:15",
+]
