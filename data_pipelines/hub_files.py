@@ -17,6 +17,9 @@ from data_pipelines.unpacking import one_line
 from hope_train.errors import UserError
 
 _BLOCK = 4 << 20
+"""Bytes that are asked of the hub at a time."""
+
+_BUFFER = 1 << 20
 
 
 class HubFile:
@@ -32,7 +35,7 @@ class HubFile:
 
     def open(self, mode: str = "rb") -> Any:
         """The file as a seekable binary stream. Raises OSError, with ETIMEDOUT for whatever may pass."""
-        return io.BufferedReader(_HubStream(self.url), 1 << 20)
+        return io.BufferedReader(_HubStream(self.url), _BUFFER)
 
 
 class _HubStream(io.RawIOBase):

@@ -27,6 +27,9 @@ from hope_train.errors import UserError
 _BLOCK_CHARACTERS = 1 << 22
 """A block ends with the document by which it has this much text."""
 
+_EMPTY_EPOCHS = 3
+"""A lane that has had no document in its first epochs, so many of them, has too little text."""
+
 _ENCODE_CHARACTERS = 1 << 17
 """Text that is tokenised at a time."""
 
@@ -176,7 +179,7 @@ class GroupStream:
         first = self.position
         epoch, unit, place = first.epoch, first.unit, Place(first.cursor, first.number)
         counts = Counter(dict(first.counts))
-        from_the_start = unit == 0 and place == Place()
+        empty_epochs = 0 if unit or place != Place() else 1
         block, characters = _Block(), 0
         while True:
             units = self.units(epoch)
@@ -193,13 +196,13 @@ class GroupStream:
             if block.texts:
                 block.after = Position(epoch, 0, 0, 0, 0, _frozen(counts))
                 return block
-            if from_the_start:
+            if empty_epochs == (1000 if counts["documents"] else _EMPTY_EPOCHS):
                 lanes = self._corpus.data.stream.lanes
                 raise UserError(
                     f"lane {self._lane} of data.stream.lanes={lanes} has no training document ({_say(counts)}): set "
                     "fewer lanes, or use data.mode=cached for so little text"
                 )
-            from_the_start = True
+            empty_epochs += 1
 
     def _documents(
         self, unit: Unit, place: Place, counts: Counter[str]
