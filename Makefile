@@ -9,7 +9,7 @@ PYTEST = $(BIN)/python -m pytest tests -n $(WORKERS) --durations=10
 # Passed on to pytest: make test-all PART=1/4 ARGS="-m slow"
 ARGS ?=
 
-.PHONY: help setup setup-slurm demo test test-all check format bench bench-optim bench-parallel lock clean
+.PHONY: help setup setup-slurm demo test test-all check format bench bench-data bench-optim bench-parallel lock clean
 
 help:  ## this list
 	@awk -F ':.*##  *' '/^[a-z-]+:.*##/ {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench-optim: setup  ## step time and state of every update rule, one JSON line p
 
 bench-parallel: setup  ## what parallelism and sharded checkpoints cost, one JSON line per row
 	@$(BIN)/python -m scripts.bench_parallel
+
+bench-data: setup  ## speed and memory of the data pipeline (CORPUS=a file or folder), one JSON line per row
+	@$(BIN)/python -m scripts.bench_data $(if $(CORPUS),--corpus $(CORPUS))
 
 lock:  ## write constraints.txt anew from what pyproject.toml allows (rarely)
 	scripts/lock.sh

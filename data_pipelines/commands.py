@@ -28,6 +28,7 @@ def train_tokenizer_command(
     seed: int = 0,
     as_json: bool = False,
     overwrite: bool = False,
+    user_symbols: Sequence[str] = (),
 ) -> int:
     """Train a tokenizer on `inputs` (paths, `hub:owner/name[:config]`, `builtin:python-docs`) into file `out`.
 
@@ -42,8 +43,10 @@ def train_tokenizer_command(
         raise UserError(f"tokenizer {path} exists already: remove it or choose another name")
     sources = [parse_source(text, text_field) for text in inputs]
     fingerprint_sources(sources)  # Paths that are missing are named before any work.
-    texts = _Counted(document.text for document in read_sources(sources))
-    tokenizer = train_tokenizer(texts, out, vocab_size, kind, split_digits=split_digits, max_bytes=max_bytes, seed=seed)
+    # A sample is drawn from a data set of any size without keeping it, so the hub's need not be downloaded whole.
+    texts = _Counted(document.text for document in read_sources(sources, stream_hub=max_bytes is not None))
+    options: dict[str, Any] = {"split_digits": split_digits, "max_bytes": max_bytes, "seed": seed}
+    tokenizer = train_tokenizer(texts, out, vocab_size, kind, **options, user_symbols=user_symbols)
     sample_bytes = len(texts.sample.encode("utf-8"))
     figures = {
         "path": str(path),

@@ -39,19 +39,26 @@ def describe_source(source: SourceConfig) -> str:
     return f"hub:{source.hub}" if source.hub is not None else f"builtin:{source.builtin}"
 
 
-def read_sources(sources: Sequence[SourceConfig], hub_timeout: float = DEFAULT_HUB_TIMEOUT) -> Iterator[Document]:
+def read_sources(
+    sources: Sequence[SourceConfig], hub_timeout: float = DEFAULT_HUB_TIMEOUT, stream_hub: bool = False
+) -> Iterator[Document]:
     """The documents of all sources, one source after the other.
+
+    Args:
+        stream_hub: read data sets of the hub as rows are asked for, also those without max_bytes.
 
     Raises UserError (naming file and line) for what cannot be read, and for a source without any text.
     """
     for source in sources:
-        yield from read_source(source, hub_timeout)
+        yield from read_source(source, hub_timeout, stream_hub)
 
 
-def read_source(source: SourceConfig, hub_timeout: float = DEFAULT_HUB_TIMEOUT) -> Iterator[Document]:
+def read_source(
+    source: SourceConfig, hub_timeout: float = DEFAULT_HUB_TIMEOUT, stream_hub: bool = False
+) -> Iterator[Document]:
     """The documents of one source: whole ones, up to the one with which `max_bytes` is reached."""
     read_bytes = 0
-    for document in _read_whole(source, hub_timeout):
+    for document in _read_whole(source, hub_timeout, stream_hub):
         yield document
         read_bytes += len(document.text.encode("utf-8"))
         if source.max_bytes is not None and read_bytes >= source.max_bytes:
@@ -60,7 +67,7 @@ def read_source(source: SourceConfig, hub_timeout: float = DEFAULT_HUB_TIMEOUT) 
         raise UserError(f"{describe_source(source)}: there is no text in it")
 
 
-def _read_whole(source: SourceConfig, hub_timeout: float) -> Iterator[Document]:
+def _read_whole(source: SourceConfig, hub_timeout: float, stream_hub: bool) -> Iterator[Document]:
     if source.path is not None:
         root = Path(source.path).expanduser()
         label = PurePath(source.path).as_posix()
@@ -73,7 +80,7 @@ def _read_whole(source: SourceConfig, hub_timeout: float) -> Iterator[Document]:
             split=source.split,
             revision=source.revision,
             text_field=source.text_field,
-            streaming=source.max_bytes is not None,
+            streaming=stream_hub or source.max_bytes is not None,
             timeout=hub_timeout,
         )
     else:

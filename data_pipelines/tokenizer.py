@@ -12,11 +12,13 @@ import codecs
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from data_pipelines.documents import check_text
+from data_pipelines.huggingface_tokenizer import HuggingFaceModel
 from hope_train.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -30,7 +32,7 @@ _PROBE = (
 
 
 class Tokenizer:
-    """A lossless SentencePiece model with an end-of-text piece.
+    """A lossless SentencePiece model, or a byte-level tokenizer.json of Hugging Face's, with an end-of-text piece.
 
     Attributes: `path` (where the model came from), `proto` (the file's bytes), `vocab_size` (number of pieces),
     `eot_id` (end of text; no text encodes to it), `fingerprint` (sha256 of the file, in hex).
@@ -61,7 +63,10 @@ class Tokenizer:
         try:
             if not proto:
                 raise RuntimeError("the file is empty")
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            # A tokenizer.json of Hugging Face's is JSON; no model file of SentencePiece begins like that.
+            self._foreign = HuggingFaceModel(proto, name) if proto.lstrip().startswith(b"{") else None
+            processor: Any = self._foreign or sentencepiece.SentencePieceProcessor(model_proto=proto)
+            self._model = processor
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"tokenizer {name}: not a SentencePiece model file ({reason})") from None
@@ -70,9 +75,13 @@ class Tokenizer:
         self._unknown: int = self._model.unk_id()
         if self.eot_id < 0:
             raise UserError(f"tokenizer {name}: it has no end-of-text piece (SentencePiece's eos); train one that has")
-        self._bytes = [self._piece_bytes(token) for token in range(self.vocab_size)]
-        mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        self._mark = mark if all(self._model.is_byte(token) for token in mark) else None
+        self._mark: list[int] | None
+        if self._foreign is not None:
+            self._bytes, self._mark = self._foreign.pieces, []
+        else:
+            self._bytes = [self._piece_bytes(token) for token in range(self.vocab_size)]
+            mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+            self._mark = mark if all(self._model.is_byte(token) for token in mark) else None
         if self._mark is None or self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(
                 f"tokenizer {name}: it is not lossless (decode(encode(text)) != text), so perplexities per word or "
@@ -96,6 +105,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """`encode` of several texts, on `threads` threads; the result does not depend on their number."""
+        if self._foreign is not None:
+            return self._foreign.encode([check_text(text, "tokenizer") for text in texts])
         segments: list[str] = []
         plan: list[list[int]] = []  # Per text: numbers of its segments, -1 for a U+2581.
         for text in texts:

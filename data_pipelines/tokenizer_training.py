@@ -8,7 +8,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +35,7 @@ def train_tokenizer(
     character_coverage: float = 0.9995,
     max_bytes: int | None = None,
     seed: int = 0,
+    user_symbols: Sequence[str] = (),
 ) -> Tokenizer:
     """Train a lossless SentencePiece model with byte fallback and write it to `out`, atomically.
 
@@ -48,6 +49,7 @@ def train_tokenizer(
         character_coverage: share of the text's characters that get a piece of their own; the others are bytes.
         max_bytes: train on a random sample of about this size, spread over all of the text. None: on all of it.
         seed: of the sample.
+        user_symbols: strings that are one piece wherever they stand in a text.
 
     Raises:
         UserError: no text, an unknown kind, or a vocabulary too large or too small for the text (with the limit).
@@ -61,6 +63,11 @@ def train_tokenizer(
         )
     if max_bytes is not None and max_bytes < 1:
         raise UserError(f"max_bytes={max_bytes} must be at least 1")
+    for symbol in user_symbols:
+        if not symbol or symbol == END_OF_TEXT or re.search(r"[\s\u2581,]", symbol):
+            raise UserError(
+                f"symbol {symbol!r}: a symbol has no white space, comma or U+2581, and is not {END_OF_TEXT}"
+            )
     path = model_path(out)
     lines: Iterable[str] = training_lines(texts)
     if max_bytes is not None:
@@ -81,6 +88,7 @@ def train_tokenizer(
             byte_fallback=True,
             required_chars=SPACE_MARK,  # Without a piece for the space, byte fallback would make it a U+2581.
             split_digits=split_digits,
+            user_defined_symbols=list(user_symbols),
             max_sentence_length=_LINE_BYTES,
             unk_id=0,
             eos_id=1,

@@ -47,6 +47,7 @@ EXTRAS = {
     "py_spy": "train",
     "pyarrow": "train",
     "rapidgzip": "train",
+    "tokenizers": "train",
     "safetensors": "train",
     "zstandard": "train",
     "wandb": "wandb",
@@ -239,6 +240,9 @@ def tokenizer_train(
         int | None, typer.Option(min=1, help="Train on about this much text, taken evenly.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Chooses the text, where max-bytes limits it.")] = 0,
+    symbol: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="A string that is always one piece; may be repeated.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
     as_json: Json = False,
 ) -> int:
@@ -247,7 +251,7 @@ def tokenizer_train(
     from data_pipelines.commands import train_tokenizer_command
 
     train_tokenizer_command(
-        inputs, out, vocab_size, kind, text_field, split_digits, max_bytes, seed, as_json, overwrite
+        inputs, out, vocab_size, kind, text_field, split_digits, max_bytes, seed, as_json, overwrite, symbol or []
     )
     return 0
 

@@ -119,7 +119,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
             ],
             "data_pipelines.commands",
             "train_tokenizer_command",
-            ((["a.txt", "b"], "t.model", 512, "bpe", "text", False, None, 0, False, False), {}),
+            ((["a.txt", "b"], "t.model", 512, "bpe", "text", False, None, 0, False, False, []), {}),
         ),
         (
             ["data", "inspect", "c.yaml", "seed=3", "--batch", "7", "--rows", "1"],

@@ -54,6 +54,7 @@ LAZY = (
     "wandb",
     "datasets",
     "tensorboard",
+    "tokenizers",
     "torch.utils.tensorboard",
     "lm_eval",
     "matplotlib",

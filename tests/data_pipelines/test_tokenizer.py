@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+import json
 import random
 import sys
 from pathlib import Path
@@ -198,3 +200,74 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
         (tmp_path / "bad.model").write_bytes(raw)
         with pytest.raises(UserError, match=r"bad\.model: not a SentencePiece model file"):
             Tokenizer(tmp_path / "bad.model")
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    """A tokenizer.json of GPT-2's kind."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", "<|pad|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+    model.save(str(path))
+    return path
+
+
+def test_a_tokenizer_of_hugging_face_loses_nothing(byte_level: Path, texts: list[str]) -> None:
+    import tokenizers
+
+    tokenizer = Tokenizer(byte_level)
+    assert tokenizer.vocab_size == 500
+    assert tokenizer.eot_id == 0
+    theirs = tokenizers.Tokenizer.from_file(str(byte_level))
+    for text in texts[:50]:
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eot_id not in tokenizer.encode("say <|endoftext|> and <|pad|>")
+    assert tokenizer.decode(tokenizer.encode("say <|endoftext|>")) == "say <|endoftext|>"
+    assert int(tokenizer.piece_bytes()[tokenizer.encode("naïve 数字")].sum()) == len("naïve 数字".encode())
+    again = Tokenizer.from_proto(tokenizer.proto)
+    assert again.fingerprint == tokenizer.fingerprint
+    stream = tokenizer.decode_stream()
+    assert "".join(stream.push(token) for token in tokenizer.encode("数字 x")) + stream.flush() == "数字 x"
+
+
+@given(text=st.text())
+def test_a_byte_level_tokenizer_takes_any_text(byte_level: Path, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return
+    tokenizer = _byte_level(byte_level)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@functools.cache
+def _byte_level(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+def test_lossy_and_unknown_tokenizers_of_hugging_face_are_refused(byte_level: Path, tmp_path: Path) -> None:
+    tree = json.loads(byte_level.read_text())
+    for name, change, said in (
+        ("decoder", {"decoder": None}, "this one is not byte-level"),
+        ("lower", {"normalizer": {"type": "Lowercase"}}, "it is not lossless"),
+        ("end", {"added_tokens": []}, "it has no end-of-text piece"),
+    ):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({**tree, **change}))
+        with pytest.raises(UserError, match=said):
+            Tokenizer(path)
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not a tokenizer\.json"):
+        Tokenizer(tmp_path / "bad.json")

@@ -145,3 +145,15 @@ def test_the_models_path() -> None:
 
 def test_the_trained_file_loads(tokenizer: Tokenizer) -> None:
     assert Tokenizer(tokenizer.path).fingerprint == tokenizer.fingerprint
+
+
+def test_user_symbols_are_one_piece(texts: list[str], tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(texts, tmp_path / "t", 400, user_symbols=["<think>", "::"])
+    plain = train_tokenizer(texts, tmp_path / "plain", 400)
+    for text in ("a <think> b", "x::y", "<think>::<think>"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert len(tokenizer.encode(text)) < len(plain.encode(text))
+    assert len(tokenizer.encode("<think>")) == 1
+    for symbol in ("", "two words", "<|endoftext|>", "a\u2581b"):
+        with pytest.raises(UserError, match="a symbol has no white space"):
+            train_tokenizer(texts, tmp_path / "bad", 400, user_symbols=[symbol])
