@@ -14,6 +14,7 @@ from hope_train.parallel.slurm import address_of, rendezvous_port
 from launch.client import Slurm, SlurmError
 from launch.parse import node_names
 from launch.request import Request
+from launch.site import Site
 
 TRIES = 10
 """Of an order to a controller that does not answer."""
@@ -25,9 +26,11 @@ class SlurmBackend:
     def __init__(self, request: Request, slurm: Slurm | None = None) -> None:
         """Reads SLURM_…; raises KeyError outside a job."""
         self.request, self.slurm = request, slurm or Slurm()
-        self.job = os.environ["SLURM_JOB_ID"]
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        # One task of an array has the array's own number: an order that names it so is meant for all of them.
+        self.job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self.start = f"{self.job}.{self.restart}"
+        self.start = f"{os.environ['SLURM_JOB_ID']}.{self.restart}"
 
     def nodes(self) -> list[str]:
         """In Slurm's order."""
@@ -45,32 +48,10 @@ class SlurmBackend:
         self, nodes: Sequence[str], per_node: int, command: Sequence[str], name: str, log: Path
     ) -> subprocess.Popen[bytes]:
         """A job step. Output of srun itself goes to `log`; that of the tasks to where they send it."""
-        site = self.request.site
-        cpus = os.environ.get("SLURM_CPUS_PER_TASK")
-        order = [
-            "srun",
-            f"--job-name={name}",
-            f"--nodes={len(nodes)}",
-            f"--nodelist={','.join(nodes)}",
-            f"--ntasks={len(nodes) * per_node}",
-            f"--ntasks-per-node={per_node}",
-            "--distribution=block",
-            "--kill-on-bad-exit=1",
-            "--overlap",
-            *([f"--cpus-per-task={max(int(cpus) // per_node, 1)}"] if cpus else []),
-            *site.srun_extra,
-        ]
-        inside = list(command)
-        if site.container is not None and name in ("hope-train", "hope-health"):
-            if site.container.runtime == "pyxis":
-                order.append(f"--container-image={site.container.image}")
-                order += [f"--container-mounts={','.join(site.container.mounts)}"] if site.container.mounts else []
-            else:
-                binds = [part for mount in site.container.mounts for part in ("--bind", mount)]
-                inside = ["apptainer", "exec", "--nv", *binds, site.container.image, *inside]
+        order = step_order(self.request.site, nodes, per_node, command, name, os.environ.get("SLURM_CPUS_PER_TASK"))
         with log.open("ab") as output:
             return subprocess.Popen(
-                [*order, *inside], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                order, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
 
     def kill(self, step: subprocess.Popen[bytes], name: str) -> None:
@@ -114,7 +95,10 @@ class SlurmBackend:
         """
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        self._insist(lambda: self.slurm.requeue(self.job))
+        if not self._insist(lambda: self.slurm.requeue(self.job)):
+            self.request.places.note("not requeued", start=self.start)
+            print("the job could not be requeued: hope launch resubmit goes on with the run", flush=True)
+            return
         fields: dict[str, str] = {}
         if exclude:
             already = self.request.site.exclude
@@ -128,11 +112,42 @@ class SlurmBackend:
         """Ending by ourselves now would end the job as completed."""
         time.sleep(3600)
 
-    def _insist(self, order: Callable[[], None]) -> None:
+    def _insist(self, order: Callable[[], None]) -> bool:
         for attempt in range(TRIES):
             try:
                 order()
-                return
+                return True
             except SlurmError as error:
                 print(f"{error} (attempt {attempt + 1})", flush=True)
                 time.sleep(1)
+        return False
+
+
+def step_order(
+    site: Site, nodes: Sequence[str], per_node: int, command: Sequence[str], name: str, cpus_per_node: str | None
+) -> list[str]:
+    """The command line of a job step, inside the site's container where that is the ranks'.
+
+    cpus_per_node: what the job was given; srun does not take that over by itself.
+    """
+    order = [
+        "srun",
+        f"--job-name={name}",
+        f"--nodes={len(nodes)}",
+        f"--nodelist={','.join(nodes)}",
+        f"--ntasks={len(nodes) * per_node}",
+        f"--ntasks-per-node={per_node}",
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+        "--overlap",
+        *([f"--cpus-per-task={max(int(cpus_per_node) // per_node, 1)}"] if cpus_per_node else []),
+        *site.srun_extra,
+    ]
+    if site.container is None or name == "hope-stacks":
+        return [*order, *command]
+    container = site.container
+    if container.runtime == "pyxis":
+        mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
+        return [*order, f"--container-image={container.image}", *mounts, *command]
+    binds = [part for mount in container.mounts for part in ("--bind", mount)]
+    return [*order, "apptainer", "exec", "--nv", *binds, container.image, *command]

@@ -15,7 +15,7 @@ from launch.supervise import STOP
 
 def active_jobs(slurm: Slurm, places: Places, limit: int = 50) -> list[Job]:
     """The jobs of a run that wait or run, the oldest first."""
-    found = [slurm.job(job.array or job.id) for job in slurm.queue(submitted_jobs(places)[-limit:])]
+    found = [slurm.job(job.handle) for job in slurm.queue(submitted_jobs(places)[-limit:])]
     return [job for job in found if job is not None and job.active]
 
 
@@ -27,14 +27,14 @@ def cancel_command(run: str, now: bool, slurm: Slurm | None = None) -> int:
         raise UserError(f"{places.run_dir} has no job that waits or runs")
     for job in jobs:
         if now or job.state != "RUNNING":
-            slurm.cancel(job.id)
-            places.note("cancelled", job=job.id)
-            print(f"job {job.id} is cancelled")
+            slurm.cancel(job.handle)
+            places.note("cancelled", job=job.handle)
+            print(f"job {job.handle} is cancelled")
     running = [job for job in jobs if not now and job.state == "RUNNING"]
     if running:
         (places.run_dir / STOP).write_text("cancelled\n", encoding="utf-8")
-        places.note("cancelled", job=running[0].id, saving=True)
-        print(f"job {running[0].id} saves and ends; `hope launch cancel --now {run}` does not wait for that")
+        places.note("cancelled", job=running[0].handle, saving=True)
+        print(f"job {running[0].handle} saves and ends; `hope launch cancel --now {run}` does not wait for that")
     return 0
 
 
@@ -46,18 +46,18 @@ def requeue_command(run: str, slurm: Slurm | None = None) -> int:
         raise UserError(f"{places.run_dir} has no job that waits or runs: `hope launch resubmit` submits it again")
     job = jobs[0]
     if job.state == "RUNNING":
-        slurm.signal_script(job.id, "USR1")
-        print(f"job {job.id} saves and goes back to the queue")
+        slurm.signal_script(job.handle, "USR1")
+        print(f"job {job.handle} saves and goes back to the queue")
     elif job.reason in ("JobHeldUser", "JobHeldAdmin", "job_requeued_in_held_state"):
-        slurm.release(job.id)
-        print(f"job {job.id} was held and is released")
+        slurm.release(job.handle)
+        print(f"job {job.handle} was held and is released")
     else:
-        print(f"job {job.id} is {job.state.lower()} already ({job.reason})")
+        print(f"job {job.handle} is {job.state.lower()} already ({job.reason})")
     return 0
 
 
 def resubmit_command(run: str, slurm: Slurm | None = None) -> int:
-    """Submit again what was submitted last, with the code and the configuration file as they are now.
+    """Submit again what was submitted last, with the configuration of then and the code of now.
 
     Raises UserError.
     """

@@ -51,6 +51,11 @@ class Job:
     exit_code: str | None = None
 
     @property
+    def handle(self) -> str:
+        """What to call it by in an order. A task's own number may be its array's too, and then means all tasks."""
+        return self.array or self.id
+
+    @property
     def active(self) -> bool:
         """Whether it waits or runs."""
         return self.state in ACTIVE

@@ -61,7 +61,7 @@ def status_of(places: Places, slurm: Slurm) -> dict[str, Any]:
     return {
         "run": run_dir.name,
         "run_dir": str(run_dir),
-        "job": None if job is None else job.array or job.id,
+        "job": None if job is None else job.handle,
         "state": None if job is None else job.state,
         "reason": None if job is None else job.reason,
         "nodes": None if job is None else job.node_list,
@@ -104,7 +104,7 @@ def _job(places: Places, slurm: Slurm) -> tuple[Job | None, str | None]:
         return None, None
     try:
         active = slurm.queue(names[-50:])
-        return slurm.job(active[0].array or active[0].id if active else names[-1]), None
+        return slurm.job(active[0].handle if active else names[-1]), None
     except SlurmError as error:
         return None, str(error)
 

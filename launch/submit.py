@@ -141,7 +141,7 @@ def refuse_if_active(slurm: Slurm, places: Places, asked: bool = True) -> None:
     """Raises UserError where a job of this run waits or runs already."""
     for found in slurm.queue(submitted_jobs(places)[-50:]) if asked else ():
         if found.active:
-            job = found.array or found.id
+            job = found.handle
             raise UserError(
                 f"run {places.run_dir} has job {job} already ({found.state.lower()}): `hope launch cancel {job}` ends "
                 "it, another name= makes another run"

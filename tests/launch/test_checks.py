@@ -13,6 +13,7 @@ from hope_train.config.load import load_config, validate
 from hope_train.errors import UserError
 from launch.checks import check_plan, check_shared, check_time, file_system
 from launch.client import Partition, Slurm, SlurmError
+from launch.cluster import step_order
 from launch.layout import fixed_layout
 from launch.script import environment, render
 from launch.site import Site, load_site, site_files
@@ -190,6 +191,32 @@ def test_a_template_of_one_s_own(tmp_path: Path) -> None:
         script(site(template=str(file)))
     with pytest.raises(UserError, match="cannot be read"):
         script(site(template=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("container", "name", "inside"),
+    [
+        (None, "hope-train", []),
+        (
+            {"image": "i.sqsh", "mounts": ["/a:/b"]},
+            "hope-train",
+            ["--container-image=i.sqsh", "--container-mounts=/a:/b"],
+        ),
+        ({"image": "i.sqsh"}, "hope-stacks", []),  # py-spy looks at the processes from outside
+        (
+            {"image": "i.sif", "runtime": "apptainer", "mounts": ["/a", "/c"]},
+            "hope-health",
+            ["apptainer", "exec", "--nv", "--bind", "/a", "--bind", "/c", "i.sif"],
+        ),
+    ],
+)
+def test_a_job_step(container: dict[str, Any] | None, name: str, inside: list[str]) -> None:
+    found = step_order(
+        site(container=container, srun_extra=["--mpi=none"]), ["n1", "n3"], 4, ["python", "-m", "x"], name, "32"
+    )
+    assert found[:4] == ["srun", f"--job-name={name}", "--nodes=2", "--nodelist=n1,n3"]
+    assert {"--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=8", "--mpi=none"} <= set(found)
+    assert found[found.index("--mpi=none") + 1 :] == [*inside, "python", "-m", "x"]
 
 
 def test_a_run_that_does_not_fit_its_device_is_refused() -> None:

@@ -83,8 +83,9 @@ Start = Callable[..., tuple[int, Here, Places]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Supervise a program as a run; `during` is called in a thread of its own meanwhile."""
+    monkeypatch.setattr("launch.supervise.POLL_S", 0.05)
     (tmp_path / "run").mkdir()
     tree = {
         "name": "x",
