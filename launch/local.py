@@ -138,7 +138,7 @@ def local_command(
     while True:
         supervisor = StoppedByHand(request, backend)
         code = supervisor.run()
-        if not backend.again:
+        if not backend.again or supervisor.asked is not None:
             return code
         backend.again = False
         backend.restart += 1

@@ -19,17 +19,18 @@ def logs_command(run: str, follow: bool, node: str | None, start: str | None, li
     shown = start or newest_start(places)
     if shown is None:
         raise UserError(f"{places.run_dir} has not been started yet: hope launch status says where its job is")
-    file = log_file(places, shown, node)
     if not follow:
+        file = log_file(places, shown, node)
         if not file.is_file():
             raise UserError(f"there is no {file}: this start has {', '.join(log_names(places, shown)) or 'no log yet'}")
         print("\n".join(tail(file, lines)))
         return 0
     begun = False
     while True:
-        for text in tail(file, lines) if not begun else ():
+        for text in tail(log_file(places, shown, node), lines) if not begun else ():
             print(text, flush=True)
-        for text in follow_file(file, from_end=not begun, until=functools.partial(ended, places, shown)):
+        find = functools.partial(log_file, places, shown, node)
+        for text in follow_file(find, from_end=not begun, until=functools.partial(ended, places, shown)):
             print(text, end="", flush=True)
         begun, lines = True, 0
         following = None if start else newest_start(places)
@@ -42,7 +43,6 @@ def logs_command(run: str, follow: bool, node: str | None, start: str | None, li
             return 0
         shown = following
         print(f"== start {shown}", flush=True)
-        file = log_file(places, shown, node)
 
 
 def newest_start(places: Places) -> str | None:
@@ -85,11 +85,14 @@ def tail(file: Path, lines: int) -> list[str]:
     return text.splitlines()[-lines:] if lines else []
 
 
-def follow_file(file: Path, from_end: bool, until: Callable[[], bool]) -> Iterator[str]:
-    """What is added to a file, until `until()` and its end."""
+def follow_file(find: Callable[[], Path], from_end: bool, until: Callable[[], bool]) -> Iterator[str]:
+    """What is added to a file, until `until()` and its end. Where rank 0 is, and so which file, shows only later."""
+    file = find()
     position = file.stat().st_size if from_end and file.is_file() else 0
     while True:
         done = until()
+        if (now := find()) != file:
+            file, position = now, 0
         if file.is_file():
             with file.open(encoding="utf-8", errors="replace") as stream:
                 stream.seek(position)

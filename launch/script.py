@@ -78,7 +78,8 @@ def directives(
         "reservation": site.reservation,
         "exclude": site.exclude,
         "nodes": site.nodes,
-        "ntasks-per-node": 1,
+        # With a range this would have Slurm give the fewest nodes, whatever is free.
+        "ntasks-per-node": 1 if site.node_range[0] == site.node_range[1] else None,
         "cpus-per-task": site.cpus_per_node,
         "mem": site.memory,
         "gpus-per-node": gpus_per_node or None,

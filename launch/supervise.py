@@ -27,8 +27,11 @@ from launch.request import Request, read_request
 from launch.watch import Watch
 
 POLL_S = 0.5
-ASK_EVERY_S = 20.0
-"""Seconds between two questions to Slurm's controller."""
+ASK_EVERY_S = 60.0
+"""Seconds between two questions to Slurm's controller about the time limit."""
+
+EARLY_S = 120.0
+"""A signal that comes so long before it should is still the time limit's: Slurm sends it up to a minute early."""
 
 RECORDED = ("SLURM_", "NCCL_", "GLOO_", "CUDA_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "MASTER_", "HOPE_", "PYTHONPATH")
 """Beginnings of the variables that are kept of a start; others may hold secrets."""
@@ -86,6 +89,7 @@ class Supervisor:
         self.asked: str | None = None
         self.got: set[str] = set()
         self.ends: float | None = None
+        self.looked = time.monotonic()
         self.terminated: float | None = None
         self.begun = time.time()
 
@@ -102,7 +106,7 @@ class Supervisor:
         nodes = self.backend.nodes()
         write_json(self.folder / "environment.json", recorded_environment())
         self.places.note("started", start=self.backend.start, nodes=nodes, from_step=self.places.newest_step())
-        self.ends = self.backend.ends()
+        self.ends, self.looked = self.backend.ends(), time.monotonic()
         sick = self._check_health(nodes)
         if sick is not None:
             self.places.note("unhealthy", start=self.backend.start, nodes=sick)
@@ -220,12 +224,17 @@ class Supervisor:
 
     def _answer_signals(self) -> None:
         got = self._signals()
-        late = self.ends is not None and time.time() > self.ends - self.survive.lead_s
-        if self.asked is None and ("USR1" in got or late):
-            near = self.ends is not None and time.time() > self.ends - self.survive.lead_s - 120
-            self._ask("time limit" if near or late else "requeue asked for")
+        if self.asked is None and ("USR1" in got or self._left_s() < self.survive.lead_s):
+            self.ends, self.looked = self.backend.ends(), time.monotonic()
+            self._ask("time limit" if self._left_s() < self.survive.lead_s + EARLY_S else "requeue asked for")
         elif self.asked is None and "TERM" in got and self.backend.state()[1]:
             self._ask("preempted")
+
+    def _left_s(self) -> float:
+        """Seconds to the time limit, which may be moved while the job runs."""
+        if time.monotonic() - self.looked > ASK_EVERY_S:
+            self.ends, self.looked = self.backend.ends(), time.monotonic()
+        return math.inf if self.ends is None else self.ends - time.time()
 
     def _out_of_time(self) -> bool:
         """Whether Slurm is ending the job for its time limit, and the run has had its last seconds to save. Slurm ends

@@ -137,9 +137,10 @@ def test_following_goes_on_with_the_next_start(places: Places, capsys: pytest.Ca
         with file.open("a") as stream:
             stream.write("new\n")
         time.sleep(1)
+        places.note("started", start="7.2", nodes=["n4"], from_step=3)
+        time.sleep(1)
         log(places, "7.2", "n4", "again\n")
         places.note("ranks", start="7.2", nodes=["n4"], ranks=1, mesh="", idle=[])
-        places.note("started", start="7.2", nodes=["n4"], from_step=3)
         time.sleep(1)
         places.note("ended", start="7.2", action="finish", reason="completed", failure=False, exclude=[], step=100)
 
@@ -160,5 +161,5 @@ def test_following_a_file_that_does_not_exist_yet(tmp_path: Path) -> None:
             return False
         return True
 
-    assert list(follow_file(tmp_path / "x", from_end=True, until=until)) == ["all of it"]
+    assert list(follow_file(lambda: tmp_path / "x", from_end=True, until=until)) == ["all of it"]
     assert tail(tmp_path / "nowhere", 3) == []
