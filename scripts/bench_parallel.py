@@ -40,6 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp 2": (2, {"tp": 2}),
     "tp 2, all tokens on every rank": (2, {"tp": 2, "sequence_parallel": False}),
     "dp 2": (2, {}),
+    "FSDP2 2": (2, {"dp_shard": 2}),
 }
 """Rows of `communication`: ranks, and the section `parallel` (what it leaves over is data parallelism)."""
 
@@ -130,7 +131,7 @@ def overhead(steps: int) -> Row:
     plain = build_engine(config, Mesh(MeshSizes(), torch.device("cpu")))
     with process_group(0, 1):
         engaged = build_engine(config, mesh_of_one())
-        assert engaged.tensor is not None
+        assert engaged.spread.tensor is not None
         assert engaged.data is not None
         seconds: dict[str, list[float]] = {"plain": [], "engaged": []}
         losses: dict[str, list[float]] = {"plain": [], "engaged": []}
@@ -173,7 +174,7 @@ class Clock:
         from hope_train.parallel import collectives
 
         names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_object", "broadcast")
-        for owner, wanted in ((dist, names), (collectives, ("_all_gather", "_reduce_scatter"))):
+        for owner, wanted in ((dist, names), (collectives, ("all_gather", "reduce_scatter"))):
             for name in wanted:
                 setattr(owner, name, self._timed(getattr(owner, name)))
 

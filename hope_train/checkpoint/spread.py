@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hope_train.checkpoint.collected import stacked
 from hope_train.checkpoint.manifest import Manifest
 from hope_train.checkpoint.store import Tell, config_of, find_checkpoint, load_model, load_state
-from hope_train.checkpoint.tensors import State, by_set, model_state, with_optimizer
+from hope_train.checkpoint.tensors import State, by_set, with_optimizer
 from hope_train.config.mesh import MeshSizes, resolve_mesh
 from hope_train.config.tree import RunConfig
 from hope_train.evaluate.scoring import Shares
@@ -74,8 +74,11 @@ def load_on_mesh(
     config = team.alike(lambda: config_of(manifest, overrides))
     team.alike(lambda: check(resolve_mesh(config, team.ranks, training=False)))
     mesh = team.alike(lambda: open_mesh(config, device, training=False))
-    model, tensor = team.alike(lambda: build_spread_model(config, mesh))
-    state = model_state(model)
-    whole = state if tensor is None else {name: tensor.wrap(part) for name, part in state.items()}
-    load_state(folder, manifest, whole, mesh.team.group)
-    return Spread(mesh, model.eval(), config, manifest, shares_of(mesh))
+    spread = team.alike(lambda: build_spread_model(config, mesh))
+    state = by_set(spread.held())
+    if spread.layouts is not None:
+        state = {name: spread.layouts.wrap(part) for name, part in state.items()}
+    load_state(folder, manifest, state, mesh.team.group)
+    if spread.sharded is not None:
+        spread.sharded.changed(spread.sharded.periods)
+    return Spread(mesh, spread.model.eval(), config, manifest, shares_of(mesh))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hope_train.model.hope import HopeModel
+from hope_train.model.hope import HopeModel, ModelState
 from hope_train.model.loss import IGNORED, WHOLE_VOCABULARY, Vocabulary, logits_nll
 
 Progress = Callable[[int, int], None]
@@ -35,6 +35,9 @@ class Shares:
     """Which part of the windows this process scores. Here: all of them."""
 
     rank, ranks = 0, 1
+
+    lockstep = False
+    """Whether the processes hold parts of one model and have to run it equally often, with whatever text."""
 
     def join(self, values: list[float]) -> list[float]:
         """The sum over the processes, entry by entry; each entry is zero in all processes but one."""
@@ -89,11 +92,13 @@ class Scorer:
         results = [0.0] * len(windows)
         total, done = sum(window.scored for window in windows), 0
         with self.running():
-            for first in range(0, len(order), self.batch_size):
-                numbers = order[first : first + self.batch_size]
+            groups = [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
+            for place, numbers in enumerate(groups):
                 batch = [windows[number] for number in numbers]
                 done += sum(window.scored for window in batch)
-                if first // self.batch_size % self.shares.ranks != self.shares.rank:
+                if not self._is_mine(place):
+                    if self.shares.lockstep and place == len(groups) - 1 and self._is_left_over(len(groups)):
+                        self.model.hidden(self._pad(batch[:1])[0])
                     continue
                 inputs_BT, targets_BT = self._pad(batch)
                 x_BTD = self.model.hidden(inputs_BT)
@@ -114,19 +119,24 @@ class Scorer:
         results = [0.0] * len(streams)
         total, done = sum(max(0, len(stream) - 1) for stream in streams), 0
         with self.running():
-            groups = _of_like_length([len(stream) for stream in streams], order, self.batch_size)
+            long = [number for number in order if len(streams[number]) > 1]
+            groups = list(_of_like_length([len(stream) for stream in streams], long, self.batch_size))
+            # `step` gives logits of all its tokens; wherever a window is cut, the result is the same.
+            strides = [max(1, min(length, self.chunk // len(numbers))) for numbers in groups]
+            steps = [-(-(len(streams[g[0]]) - 1) // stride) for g, stride in zip(groups, strides, strict=True)]
             for place, numbers in enumerate(groups):
-                batch = [Window(n, streams[n], len(streams[n]) - 1) for n in numbers if len(streams[n]) > 1]
-                if not batch:
-                    continue
-                if place % self.shares.ranks != self.shares.rank:
+                batch = [Window(n, streams[n], len(streams[n]) - 1) for n in numbers]
+                first = place // self.shares.ranks * self.shares.ranks
+                most = max(steps[first : first + self.shares.ranks])
+                if not self._is_mine(place):
                     done += sum(window.scored for window in batch)
+                    if self.shares.lockstep and place == len(groups) - 1 and self._is_left_over(len(groups)):
+                        self._idle(self.model.initial_state(1), 1, most)
                     continue
                 inputs_BT, targets_BT = self._pad(batch)
                 sums_B = torch.zeros(len(batch), dtype=torch.float64, device=self.device)
                 state = self.model.initial_state(len(batch))
-                # `step` gives logits of all its tokens; wherever a window is cut, the result is the same.
-                stride = max(1, min(length, self.chunk // len(batch)))
+                stride = strides[place]
                 for start in range(0, inputs_BT.shape[1], stride):
                     logits_BTV, state = self.model.step(inputs_BT[:, start : start + stride], state)
                     target_BT = targets_BT[:, start : start + stride]
@@ -136,9 +146,25 @@ class Scorer:
                     done += int(scored_BT.sum())
                     if progress is not None:
                         progress(done, total)
+                if self.shares.lockstep:
+                    self._idle(state, len(batch), most - steps[place])
                 for window, nll in zip(batch, sums_B.tolist(), strict=True):
                     results[window.owner] = nll
         return self.shares.join(results)
+
+    def _is_mine(self, place: int) -> bool:
+        """Whether this process scores batch number `place`: they are dealt out in turn."""
+        return place % self.shares.ranks == self.shares.rank
+
+    def _is_left_over(self, count: int) -> bool:
+        """Whether there is no batch for this process in the last turn of `count` batches."""
+        return count % self.shares.ranks != 0 and self.shares.rank >= count % self.shares.ranks
+
+    def _idle(self, state: ModelState, rows: int, steps: int) -> None:
+        """Run the model along with the others that are not done yet."""
+        token_B1 = torch.full((rows, 1), self.eot_id, dtype=torch.int64, device=self.device)
+        for _ in range(steps):
+            _, state = self.model.step(token_B1, state)
 
     def _pad(self, batch: Sequence[Window]) -> tuple[Tensor, Tensor]:
         """Inputs [B, T] and targets [B, T], -100 where nothing is scored."""

@@ -50,6 +50,10 @@ class Block(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         return self.feed_forward(x_BTD + self.mixer(self.mixer_norm(x_BTD), starts_BT))
 
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Any:
+        """The mixer's state before the first token."""
+        return self.mixer.initial_state(batch, device, dtype)
+
     def step(self, x_BTD: Tensor, state: Any, starts_BT: Tensor | None = None) -> tuple[Tensor, Any]:
         """The next tokens after `state`."""
         y_BTD, state = self.mixer.step(self.mixer_norm(x_BTD), state, starts_BT)
@@ -116,7 +120,7 @@ class HopeModel(nn.Module):
         weight = self.embed.weight
         blocks = dict(self.named_blocks())
         return ModelState(
-            {name: block.mixer.initial_state(batch, weight.device, weight.dtype) for name, block in blocks.items()}
+            {name: block.initial_state(batch, weight.device, weight.dtype) for name, block in blocks.items()}
         )
 
     def step(self, tokens_BT: Tensor, state: ModelState, starts_BT: Tensor | None = None) -> tuple[Tensor, ModelState]:

@@ -88,25 +88,25 @@ def _summed(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def _gathered(x_BtD: Tensor, group: ProcessGroup) -> Tensor:
     parts = x_BtD.new_empty((dist.get_world_size(group) * x_BtD.shape[0], *x_BtD.shape[1:]))
-    _all_gather(parts, x_BtD.contiguous(), group=group)
+    all_gather(parts, x_BtD.contiguous(), group=group)
     return parts.unflatten(0, (-1, x_BtD.shape[0])).movedim(0, 1).flatten(1, 2)
 
 
 def _scattered_sum(x_BTD: Tensor, group: ProcessGroup) -> Tensor:
     parts = x_BTD.unflatten(1, (dist.get_world_size(group), -1)).movedim(1, 0).flatten(0, 1).contiguous()
     mine_BtD = parts.new_empty((x_BTD.shape[0], *parts.shape[1:]))
-    _reduce_scatter(mine_BtD, parts, group=group)
+    reduce_scatter(mine_BtD, parts, group=group)
     return mine_BtD
 
 
 # Their names in newer versions of torch, where the older ones warn.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather_parts(x: Tensor, group: ProcessGroup) -> Tensor:
     """Every rank's tensor of the same shape, stacked: [R, ...]. Not differentiable."""
     x = x.detach().contiguous()
     parts = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
-    _all_gather(parts, x, group=group)
+    all_gather(parts, x, group=group)
     return parts.unflatten(0, (-1, x.shape[0]))

@@ -82,10 +82,27 @@ def sum_tensors(tensors: Sequence[Tensor], group: ProcessGroup) -> tuple[int, in
     return size, len(buckets)
 
 
-def _bytes(parameter: Tensor, period: int) -> int:
-    """Of its gradient, or where it collects for a period of its accumulator."""
+def width(parameter: Tensor, period: int) -> int:
+    """Bytes of a number of its gradient, or where it collects for a period of its accumulator."""
     dtype = parameter.dtype if period == 1 else torch.promote_types(parameter.dtype, torch.float32)
-    return parameter.numel() * dtype.itemsize
+    return dtype.itemsize
+
+
+def check_traffic(
+    step: Traffic, sizes: Mapping[str, int], periods: Mapping[str, int], due: Iterable[str], applied: bool
+) -> None:
+    """Compare a step's reductions with the schedule: each set that is due once and whole, every other not at all.
+
+    Args:
+        sizes: bytes of one reduction, by set.
+
+    Raises RuntimeError naming the set.
+    """
+    due = set(due)
+    for name, period in periods.items():
+        expected = sizes[name] if period == 1 or (name in due and applied) else 0
+        if (found := step.bytes.get(name, 0)) != expected:
+            raise RuntimeError(f"{name} (period {period}): {found} bytes were reduced at this step, not {expected}")
 
 
 @dataclass(eq=False)
@@ -101,8 +118,8 @@ class _Part:
 class DataParallel:
     """Sums over the ranks of one data-parallel group.
 
-    Call `arm` before the last backward of a step and `finish` after it; the optimizer's Ranks calls `reduce` at the
-    boundaries of the slow sets.
+    Call `begin` at the start of a step, `before_backward` before every backward and `finish` after the last; the
+    optimizer's Ranks calls `reduce` at the boundaries of the slow sets.
     """
 
     def __init__(
@@ -122,10 +139,12 @@ class DataParallel:
         """
         self.group = group
         self.periods = dict(periods)
-        self.sizes = {name: sum(_bytes(p, periods[name]) for p in parameters) for name, parameters in sets.items()}
+        self.sizes = {
+            name: sum(p.numel() * width(p, periods[name]) for p in parameters) for name, parameters in sets.items()
+        }
         """Bytes of one reduction of each set."""
         self.step = Traffic()
-        """Since the last `arm`."""
+        """Since the last `begin`."""
         self.run = Traffic()
         """Since the beginning, what was summed for checkpoints included."""
         late = set(late)
@@ -146,10 +165,14 @@ class DataParallel:
                 if parameter not in late:
                     parameter.register_post_accumulate_grad_hook(self._hook(part))
 
-    def arm(self) -> None:
-        """The next backward is the step's last: gradients may travel as soon as they are there."""
-        self._armed, self._started, self.step = True, 0, Traffic()
-        for part in self._parts:
+    def begin(self) -> None:
+        """A step begins: its traffic is counted from here on."""
+        self._started, self.step = 0, Traffic()
+
+    def before_backward(self, last: bool) -> None:
+        """A backward follows; `last`: the step's last one, in which gradients may travel as soon as they are there."""
+        self._armed = last
+        for part in self._parts if last else ():
             part.waiting = set(part.parameters)
 
     def finish(self) -> None:
@@ -162,6 +185,25 @@ class DataParallel:
                 part.bucket.finish()
                 part.bucket = None
 
+    def zero_grad(self) -> None:
+        """The optimizer holds all gradients: nothing is left to drop."""
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """As `levels.ranks.Ranks.gradient`."""
+        return parameter.grad
+
+    def collects(self, parameter: Tensor) -> Tensor:
+        """As `levels.ranks.Ranks.collects`."""
+        return parameter
+
+    def close_period(self, name: str, accumulators: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Sum what a slow set has collected, in place; returns it."""
+        self.reduce(name, accumulators)
+        return accumulators
+
+    def changed(self, names: Iterable[str]) -> None:
+        """Every rank has stepped all parameters: nothing to pass on."""
+
     def reduce(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Sum the accumulators of a set in place."""
         size, calls = sum_tensors(tensors, self.group)
@@ -169,15 +211,8 @@ class DataParallel:
             traffic.add(name, size, calls)
 
     def check(self, due: Iterable[str], applied: bool) -> None:
-        """Compare a step's traffic with the schedule: each set that is due once and whole, every other not at all.
-
-        Raises RuntimeError naming the set.
-        """
-        due = set(due)
-        for name, period in self.periods.items():
-            expected = self.sizes[name] if period == 1 or (name in due and applied) else 0
-            if (found := self.step.bytes.get(name, 0)) != expected:
-                raise RuntimeError(f"{name} (period {period}): {found} bytes were reduced at this step, not {expected}")
+        """Compare a step's traffic with the schedule. Raises RuntimeError naming the set."""
+        check_traffic(self.step, self.sizes, self.periods, due, applied)
 
     def _hook(self, part: _Part) -> Any:
         def arrived(parameter: Tensor) -> None:

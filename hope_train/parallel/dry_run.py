@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from hope_train.config.mesh import MeshSizes
 from hope_train.config.tree import RunConfig
@@ -23,7 +23,9 @@ from hope_train.model.hope import HopeModel
 from hope_train.optim.kinds import kind_of, rule_of
 from hope_train.optim.rule import make_rule
 from hope_train.optim.wholes import Wholes
-from hope_train.parallel.mesh import DIMENSIONS
+from hope_train.parallel.engine import shard
+from hope_train.parallel.mesh import DIMENSIONS, Mesh
+from hope_train.parallel.shards import Unit
 from hope_train.parallel.tensor import TensorParallel
 from hope_train.plan.stages import part_count, parts_of_rank, stage_layers
 
@@ -79,16 +81,12 @@ def fake_group(rank: int, world: int) -> Iterator[None]:
 def _build(config: RunConfig, sizes: MeshSizes, mesh: DeviceMesh, place: Place) -> Held:
     model = _whole_model(config)
     if sizes.tp > 1:
-        tensor = TensorParallel(model, mesh["tp"], config.parallel.sequence_parallel)
-        for name, parameter in list(model.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            local = tensor.layouts[name].part(parameter.detach(), tensor.rank, tensor.ranks).contiguous()
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(local))
+        TensorParallel(model, mesh["tp"], config.parallel.sequence_parallel)
     _keep_stage(model, config, place[0])
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if sizes.dp_shard > 1:
-        _shard(model, mesh["dp_replicate", "dp_shard"] if sizes.dp_replicate > 1 else mesh["dp_shard"])
-        numbers = dict(_padded(model))
+        shard(model, config, Mesh(sizes, torch.device("cpu"), mesh))
+        numbers = dict(_padded(model, sizes.dp_shard))
     else:
         numbers = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Held(place, shapes, numbers, _state_bytes(config, shapes, numbers))
@@ -137,22 +135,15 @@ def _keep_stage(model: HopeModel, config: RunConfig, rank: int) -> None:
             model.head = None
 
 
-def _shard(model: HopeModel, mesh: DeviceMesh) -> None:
-    """Units as the engine's: every level of every block, the rest of the block, what is outside of them."""
-    for _, block in model.named_blocks():
-        if block.cms is not None:
-            for level in block.cms.levels:
-                fully_shard(level, mesh=mesh)
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def _padded(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Names and the numbers that FSDP2 stores of each, padding included."""
+def _padded(model: nn.Module, ranks: int) -> Iterator[tuple[str, int]]:
+    """Names and the numbers that a rank stores of each, padding included: FSDP2's, or of a level that is kept whole
+    the rows that the optimizer holds."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
         group = module._get_fsdp_state()._fsdp_param_group
         for held in group.fsdp_params if group is not None else ():
-            yield names[held.sharded_param], held._sharded_param_data.numel()
+            yield names.pop(held.sharded_param), held._sharded_param_data.numel()
+    for parameter, name in names.items():
+        yield name, sum(Unit((tuple(parameter.shape),), 0, ranks).sizes)

@@ -25,17 +25,37 @@ from hope_train.model.hope import HopeModel, build_model
 from hope_train.optim.dgd import SumRanks
 from hope_train.optim.mixed import MixedRule
 from hope_train.parallel import collectives
+from hope_train.parallel import weights
 from hope_train.parallel.data import DataParallel
+from hope_train.parallel.layouts import Layouts, layouts_of
 from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.micro import micro_batches
 from hope_train.parallel.plan import Split, split_of_module
 from hope_train.parallel.ranks import MeshRanks
 from hope_train.parallel.rows import Rows
+from hope_train.parallel.sharded import ShardedData
 from hope_train.parallel.tensor import TensorParallel
 from hope_train.parallel.wholes import mesh_wholes
+from hope_train.plan.gathering import kept_gathered
 
 State = dict[str, dict[str, Tensor]]
 """As `checkpoint.tensors.State`: by shard set and name."""
+
+
+@dataclass(frozen=True)
+class SpreadModel:
+    """A model on a mesh without an optimizer, and how it is spread where ranks have only parts of it."""
+
+    model: HopeModel
+    tensor: TensorParallel | None = None
+    sharded: ShardedData | None = None
+    layouts: Layouts | None = None
+
+    def held(self) -> dict[str, Tensor]:
+        """This rank's part of every parameter, live, by name in the unsharded model."""
+        if self.sharded is not None:
+            return self.sharded.weights
+        return {canonical_name(name): parameter for name, parameter in self.model.named_parameters()}
 
 
 @dataclass
@@ -43,15 +63,17 @@ class Engine:
     """A model on its mesh. Every rank has one and calls the same methods in the same order."""
 
     mesh: Mesh
-    model: HopeModel
+    spread: SpreadModel
     optimizer: LevelOptimizer
-    tensor: TensorParallel | None = None
-    """None where every rank has the whole model."""
-
-    data: DataParallel | None = None
+    data: DataParallel | ShardedData | None = None
     """None where one rank trains on the whole batch (or several on the same)."""
 
     check_collectives: bool = False
+
+    @property
+    def model(self) -> HopeModel:
+        """The model, or this rank's part of it."""
+        return self.spread.model
 
     # A step
 
@@ -77,13 +99,15 @@ class Engine:
             batch; the same on every rank.
         """
         device = self.mesh.device
+        if self.data is not None:
+            self.data.begin()
         parts = list(micro_batches(batch, train.micro_batch_size, device))
         sums = []
         for number, (tokens_BT, targets_BT, starts_BT) in enumerate(parts):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16"):
                 nll, _ = self.model.loss(tokens_BT, targets_BT, starts_BT, train.loss_chunk)
-            if number == len(parts) - 1 and self.data is not None:
-                self.data.arm()
+            if self.data is not None:
+                self.data.before_backward(last=number == len(parts) - 1)
             (nll / max(scored, 1)).backward()
             sums.append(nll.detach())
         self.finish_backward()
@@ -92,12 +116,18 @@ class Engine:
     def zero_grad(self) -> None:
         """Drop the gradients of the step."""
         self.optimizer.zero_grad()
+        if self.data is not None:
+            self.data.zero_grad()
 
     def finish_backward(self) -> None:
-        """Complete this step's gradients: those of the sets of period 1 are then whole on every rank."""
-        if self.tensor is not None:
-            self.tensor.finish_backward()
-        if self.data is not None:
+        """Complete this step's gradients: those of the sets of period 1 are then whole, or this rank's rows of them."""
+        if isinstance(self.data, ShardedData):
+            self.data.finish()
+        if (tensor := self.spread.tensor) is not None:
+            replicated = [held for name, held in self.spread.held().items() if tensor.is_replicated(name)]
+            grads = [self.optimizer.ranks.gradient(held) for held in replicated]
+            tensor.finish_backward([grad for grad in grads if grad is not None])
+        if isinstance(self.data, DataParallel):
             self.data.finish()
 
     def all_rows(self, mine_M: Tensor) -> Tensor:
@@ -125,7 +155,7 @@ class Engine:
 
     def weights(self) -> dict[str, Tensor]:
         """This rank's part of every parameter that it holds, live, under the unsharded model's names."""
-        return {canonical_name(name): tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return {name: tensor.detach() for name, tensor in self.spread.held().items()}
 
     def loaded(self) -> None:
         """The tensors of `weights` and of the optimizer's state have been read from a checkpoint."""
@@ -133,20 +163,22 @@ class Engine:
 
     def wrap(self, state: State) -> State:
         """The same tensors as parts of whole ones, for a checkpoint that any layout can read."""
-        if self.tensor is None:
-            return state
-        return {name: self.tensor.wrap(tensors) for name, tensors in state.items()}
+        layouts = self.spread.layouts
+        return state if layouts is None else {name: layouts.wrap(tensors) for name, tensors in state.items()}
 
     def rows(self) -> Rows:
         """How accumulators that ranks hold each for itself lie in a checkpoint."""
-        return Rows(self.mesh, self.tensor)
+        return Rows(self.mesh, self.spread.tensor)
 
 
 class DataShares(Shares):
     """Windows dealt out to the ranks of a data-parallel group."""
 
-    def __init__(self, rank: int, ranks: int, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, ranks: int, group: ProcessGroup, device: torch.device, lockstep: bool = False
+    ) -> None:
         self.rank, self.ranks, self.group, self.device = rank, ranks, group, device
+        self.lockstep = lockstep
 
     def join(self, values: list[float]) -> list[float]:
         """One reduction, exact: all addends but one are zero."""
@@ -158,9 +190,9 @@ class DataShares(Shares):
 
 def shares_of(mesh: Mesh) -> Shares:
     """How windows are dealt out over a mesh."""
-    if (group := mesh.group("dp_replicate")) is None:
+    if (group := mesh.data_group()) is None:
         return Shares()
-    return DataShares(mesh.data_rank, mesh.sizes.dp, group, mesh.device)
+    return DataShares(mesh.data_rank, mesh.sizes.dp, group, mesh.device, lockstep=mesh.sizes.dp_shard > 1)
 
 
 def check_supported(config: RunConfig, mesh: Mesh) -> None:
@@ -171,10 +203,15 @@ def check_supported(config: RunConfig, mesh: Mesh) -> None:
             "optimizer.name=dgd reads the inputs of linear layers, which train.compile=model compiles away: set "
             "train.compile=memory or none"
         )
-    if mesh.sizes.tp > 1 and config.train.compile == "model":
+    if config.optimizer.name == "dgd" and mesh.sizes.dp_shard > 1:
         raise UserError(
-            "train.compile=model compiles across the exchanges of tensor parallelism: set train.compile=memory or none "
-            "with parallel.tp above 1"
+            f"optimizer.name=dgd steps by whole inputs of layers, which parallel.dp_shard={mesh.sizes.dp_shard} does not "
+            "sum: set parallel.dp_shard=1, or take another rule"
+        )
+    if config.train.compile == "model" and (mesh.sizes.tp > 1 or mesh.sizes.dp_shard > 1):
+        raise UserError(
+            "train.compile=model compiles across the exchanges of tensor parallelism and the gathers of sharding: set "
+            "train.compile=memory or none with parallel.tp or parallel.dp_shard above 1"
         )
 
 
@@ -182,27 +219,50 @@ def check_sizes(mesh: Mesh) -> None:
     """Raises UserError for a mesh that this engine cannot put a model on."""
     if mesh.sizes.pp > 1:
         raise UserError(f"parallel.pp={mesh.sizes.pp}: pipelines are not built yet; set parallel.pp=1 and use tp or dp")
-    if mesh.sizes.dp_shard > 1:
-        raise UserError(
-            f"parallel.dp_shard={mesh.sizes.dp_shard}: sharded data parallelism is not built yet; set "
-            "parallel.dp_shard=1 and use dp_replicate"
-        )
 
 
-def build_spread_model(
-    config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
-) -> tuple[HopeModel, TensorParallel | None]:
-    """The model alone, with its initial weights; and its parts, where ranks have only parts of it. Raises UserError."""
+def build_spread_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None) -> SpreadModel:
+    """The model with its initial weights. Raises UserError."""
     check_sizes(mesh)
-    tensor = None
-    if mesh.device_mesh is None or mesh.group("tp") is None:
-        model = build_model(config.model, config.seed).to(mesh.device, dtype)
-    else:
-        with torch.device("meta"):
-            model = HopeModel(config.model)
+    if mesh.device_mesh is None or (mesh.group("tp") is None and mesh.sizes.dp_shard == 1):
+        return SpreadModel(build_model(config.model, config.seed).to(mesh.device, dtype))
+    with torch.device("meta"):
+        model = HopeModel(config.model).to(dtype=dtype)
+    tensor = sharded = None
+    if mesh.group("tp") is not None:
         tensor = TensorParallel(model, mesh.device_mesh["tp"], config.parallel.sequence_parallel)
-        tensor.fill(config.seed, mesh.device, dtype)
-    return model, tensor
+    if mesh.sizes.dp_shard > 1:
+        sharded = shard(model, config, mesh)
+        sharded.materialize(mesh.device)
+    else:
+        model.to_empty(device=mesh.device)
+
+    def part(name: str, whole: Tensor) -> Tensor:
+        local = whole if tensor is None else tensor.part(name, whole)
+        return local if sharded is None else sharded.part(local)
+
+    spread = SpreadModel(model, tensor, sharded, layouts_of(mesh, tensor, sharded))
+    weights.fill(config.model, config.seed, spread.held(), part)
+    if sharded is not None:
+        sharded.changed(sharded.periods)
+    return spread
+
+
+def shard(model: HopeModel, config: RunConfig, mesh: Mesh) -> ShardedData:
+    """Shard a model on `meta` over the mesh; slow levels stay whole as far as `parallel.keep_gathered` says."""
+    periods = {part.name: part.period for part in LevelPlan.from_config(config).sets}
+    numbers: dict[int, int] = {}
+    for name, parameter in model.named_parameters():
+        if (level := level_of(name)) is not None:
+            numbers[level] = numbers.get(level, 0) + parameter.numel()
+    kept = kept_gathered(numbers, {level: periods[set_name(level)] for level in numbers}, config.parallel)
+    shard_group, group = mesh.group("dp_shard"), mesh.data_group()
+    assert mesh.device_mesh is not None
+    assert shard_group is not None
+    assert group is not None
+    copies = ("dp_replicate",) if mesh.sizes.dp_replicate > 1 else ()
+    fsdp_mesh = mesh.device_mesh[(*copies, "dp_shard")]
+    return ShardedData(model, periods, kept, fsdp_mesh, shard_group, mesh.group("dp_replicate"), group)
 
 
 def watch_layers(optimizer: LevelOptimizer, model: HopeModel, config: RunConfig, tensor: TensorParallel | None) -> None:
@@ -227,35 +287,29 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
         UserError: the engine cannot do what the configuration asks for.
     """
     check_supported(config, mesh)
-    model, tensor = build_spread_model(config, mesh, dtype)
+    spread = build_spread_model(config, mesh, dtype)
+    tensor, held = spread.tensor, spread.held()
     if mesh.device_mesh is None:
-        optimizer = build_optimizer(model.named_parameters(), config)
-        watch_layers(optimizer, model, config, None)
-        return Engine(mesh, model, optimizer)
-    replicated = [] if tensor is None else tensor.replicated()
-    data = None
-    if (data_group := mesh.group("dp_replicate")) is not None:
-        plan = LevelPlan.from_config(config)
-        sets: dict[str, list[Tensor]] = {part.name: [] for part in plan.sets}
-        for name, parameter in model.named_parameters():
+        optimizer = build_optimizer(held.items(), config)
+        watch_layers(optimizer, spread.model, config, None)
+        return Engine(mesh, spread, optimizer)
+    data: DataParallel | ShardedData | None = spread.sharded
+    if data is None and (data_group := mesh.data_group()) is not None:
+        periods = {part.name: part.period for part in LevelPlan.from_config(config).sets}
+        sets: dict[str, list[Tensor]] = {name: [] for name in periods}
+        for name, parameter in held.items():
             sets[set_name(level_of(name))].append(parameter)
-        late = replicated if tensor is not None and tensor.region.sequence_parallel else []
-        data = DataParallel(sets, {part.name: part.period for part in plan.sets}, data_group, late)
-    ranks = MeshRanks(
-        mesh.team,
-        None if tensor is None else tensor.group,
-        replicated,
-        data,
-        mesh.data_rank,
-        mesh.device,
-    )
+        late = tensor.replicated() if tensor is not None and tensor.region.sequence_parallel else []
+        data = DataParallel(sets, periods, data_group, late)
+    replicas = {} if tensor is None else {held[name]: tensor.ranks for name in held if tensor.is_replicated(name)}
+    parts = [group for name in ("tp", "dp_shard") if (group := mesh.group(name)) is not None]
+    ranks = MeshRanks(mesh.team, parts, replicas, data, mesh.data_rank, mesh.device)
 
     def layout(name: str) -> tuple[tuple[int, ...], int | None]:
-        if tensor is None:
-            return tuple(model.get_parameter(name).shape), None
-        return tensor.layouts[name].shape, tensor.layouts[name].dim
+        if spread.layouts is None:
+            return tuple(held[name].shape), None
+        return spread.layouts.shapes[name], spread.layouts.tensor_dims.get(name)
 
-    wholes = mesh_wholes(dict(model.named_parameters()), mesh, layout)
-    optimizer = build_optimizer(model.named_parameters(), config, ranks, wholes)
-    watch_layers(optimizer, model, config, tensor)
-    return Engine(mesh, model, optimizer, tensor, data, config.parallel.check_collectives)
+    optimizer = build_optimizer(held.items(), config, ranks, mesh_wholes(held, mesh, layout))
+    watch_layers(optimizer, spread.model, config, tensor)
+    return Engine(mesh, spread, optimizer, data, config.parallel.check_collectives)

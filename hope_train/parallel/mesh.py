@@ -39,6 +39,23 @@ class Mesh:
             return None
         return self.device_mesh.get_group(dimension)
 
+    def data_group(self) -> ProcessGroup | None:
+        """The ranks that train on different samples. None where this is the only one."""
+        if self.sizes.dp_shard == 1 or self.device_mesh is None:
+            return self.group("dp_replicate")
+        if self.sizes.dp_replicate == 1:
+            return self.group("dp_shard")
+        return self.device_mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
+
+    def parts(self, *dimensions: str) -> DeviceMesh:
+        """The mesh of the ranks that hold parts of one parameter, along these dimensions in this order."""
+        assert self.device_mesh is not None
+        if list(dimensions) == [name for name in DIMENSIONS if name in dimensions]:
+            return self.device_mesh[dimensions]
+        order = (*(name for name in DIMENSIONS if name not in dimensions), *dimensions)
+        ranks = self.device_mesh.mesh.permute(*(DIMENSIONS.index(name) for name in order))
+        return DeviceMesh(self.device.type, ranks, mesh_dim_names=order)[dimensions]
+
     @property
     def data_rank(self) -> int:
         """Which of `sizes.dp` parts of a batch this rank trains on."""

@@ -1,13 +1,12 @@
 """The tensor-parallel plan carried out on a model: each rank holds its part, exchanges stand where the plan says.
 
 The model's own code runs unchanged on the parts: it reads the number of heads off its parameters. Parameters are plain
-tensors of this rank's shape under the unsharded model's names; `Layout` knows what they are parts of, and wraps them as
-DTensors where the whole matters (checkpoints).
+tensors of this rank's shape under the unsharded model's names; `Layout` knows what they are parts of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from hope_train.model.hope import HopeModel
-from hope_train.optim.matrices import WHOLE
 from hope_train.parallel import collectives
 from hope_train.parallel.plan import Split, part_of, split_of_module, split_of_parameter
 from hope_train.parallel.vocab import VocabularyPart, embed_part
@@ -41,15 +38,6 @@ class Layout:
             return whole
         rows = part_of(self.shape[self.dim], rank, ranks)
         return whole.narrow(self.dim, rows.start, len(rows))
-
-    def wrap(self, local: Tensor, mesh: DeviceMesh) -> Tensor:
-        """The whole, as a DTensor over the tensor-parallel mesh that shares this rank's storage."""
-        if self.dim is None:
-            return local
-        stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(
-            local, mesh, [Shard(self.dim)], run_check=False, shape=torch.Size(self.shape), stride=stride
-        )
 
 
 class Region:
@@ -93,7 +81,7 @@ class TensorParallel:
     """The model's parts on this rank, and what has to be exchanged outside forward and backward."""
 
     def __init__(self, model: HopeModel, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-        """Put the exchanges into a model on `meta`; weights come with `fill`.
+        """Cut a model on `meta` down to this rank's parts and put the exchanges into it.
 
         Args:
             mesh: one-dimensional, over the ranks that divide the model.
@@ -108,6 +96,7 @@ class TensorParallel:
         self.region = Region(self.group, sequence_parallel)
         self.vocabulary = VocabularyPart(model.config.vocab_size, self.group)
         model.vocabulary = self.vocabulary
+        self._localize()
         for name, module in model.named_modules():
             split = split_of_module(name)
             if split is Split.SEQUENCE:
@@ -116,42 +105,35 @@ class TensorParallel:
                 module.register_forward_hook(_after(self.region.leave))
 
     @torch.no_grad()
-    def fill(self, seed: int, device: torch.device, dtype: torch.dtype | None) -> None:
-        """Give every parameter this rank's part of its initial value: bit for bit what one process would have.
-
-        One whole tensor exists at a time.
-        """
-        requires = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        for name, whole in self.model.initial_values(seed):
-            local = self.layouts[name].part(whole, self.rank, self.ranks).to(device, dtype, copy=True).contiguous()
+    def _localize(self) -> None:
+        """Leave this rank's part of every parameter in the model: shapes alone, values come later."""
+        for name, parameter in list(self.model.named_parameters()):
+            local = self.layouts[name].part(parameter, self.rank, self.ranks).contiguous()
             owner, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), leaf, nn.Parameter(local, requires_grad=requires[name]))
+            own = nn.Parameter(local, requires_grad=parameter.requires_grad)
+            setattr(self.model.get_submodule(owner), leaf, own)
         self.model.embed = VocabularyEmbedding(self.region, self.vocabulary, self.model.embed.weight)
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of the whole parameter `name`, as a view."""
+        return self.layouts[name].part(whole, self.rank, self.ranks)
+
+    def is_replicated(self, name: str) -> bool:
+        """Whether every rank holds the parameter `name` whole."""
+        return self.layouts[name].dim is None
 
     def replicated(self) -> list[Tensor]:
         """The parameters that every rank holds whole."""
-        return [p for name, p in self.model.named_parameters() if self.layouts[name].dim is None]
+        return [parameter for name, parameter in self.model.named_parameters() if self.is_replicated(name)]
 
-    def finish_backward(self) -> None:
+    def finish_backward(self, grads: Sequence[Tensor]) -> None:
         """Complete the gradients of what every rank holds: with the tokens divided, each has seen only its own."""
-        grads = [parameter.grad for parameter in self.replicated() if parameter.grad is not None]
         if not self.region.sequence_parallel or not grads:
             return
         flat = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(flat, group=self.group)
         for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(part.view_as(grad))
-
-    def wrap(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Entries of a checkpoint's set as parts of the whole: a parameter, or `optimizer.<key>.<parameter>`."""
-        found = {}
-        for name, tensor in tensors.items():
-            parameter = name.split(".", 2)[2] if name.startswith("optimizer.") and name.count(".") > 1 else name
-            layout = self.layouts.get(parameter)
-            # Besides what has a parameter's shape there are numbers and wholes: counters, and states of update rules.
-            whole = layout is None or tensor.ndim == 0 or name.startswith(f"optimizer.{WHOLE}")
-            found[name] = tensor if layout is None or whole else layout.wrap(tensor, self.mesh)
-        return found
 
 
 def _after(exchange: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

@@ -81,13 +81,11 @@ def gradient_ratio(config: RunConfig, shares: tuple[RankShare, ...]) -> float:
 
     The same for every way of data parallelism: a set of period P is reduced once in P steps.
     """
-    levels = config.model.cms.levels
     due = total = 0.0
     for share in shares:
         for name, shape in share.shapes.items():
-            level, count = level_of(name), math.prod(shape)
-            due += count / (1 if level is None else levels[level].period)
-            total += count
+            due += math.prod(shape) / _period(config, name)
+            total += math.prod(shape)
     return due / total
 
 
@@ -98,6 +96,11 @@ def set_numbers(share: RankShare) -> dict[int | None, int]:
         level = level_of(name)
         numbers[level] = numbers.get(level, 0) + math.prod(shape)
     return numbers
+
+
+def _period(config: RunConfig, name: str) -> int:
+    level = level_of(name)
+    return 1 if level is None else config.model.cms.levels[level].period
 
 
 def kept_levels(config: RunConfig, share: RankShare) -> tuple[int, ...]:
@@ -143,7 +146,12 @@ def _tensor(config: RunConfig, mesh: MeshSizes, share: RankShare) -> Iterator[Fl
         yield flow("sequence", "gradients into products", "reduce-scatter", inner + ends, enter)
         yield flow("sequence", "gradients out of products", "all-gather", inner, leave)
         yield flow("sequence", "gradients of the embedding", "all-gather", count * share.has_embedding, enter)
-        held = sum(math.prod(shape) for name, shape in share.shapes.items() if split_of_parameter(name).dim is None)
+        # Shards of what has period 1, the whole of what a slow level collects.
+        held = sum(
+            padded_shard(shape, mesh.dp_shard if _period(config, name) == 1 else 1)
+            for name, shape in share.shapes.items()
+            if split_of_parameter(name).dim is None
+        )
         yield flow("sequence", "gradients of norm gains", "all-reduce", 1, FP32 * held)
     else:
         yield flow("tp", "products' sums", "all-reduce", inner + again_sums, leave)

@@ -294,7 +294,7 @@ def check_same_data(folder: Path, manifest: Manifest, identity: dict[str, Any], 
 
 def build(config: RunConfig, mesh: Mesh) -> Engine:
     """`build_engine`, for sizes a machine can hold. Raises UserError that names what is needed otherwise."""
-    count, there = parameter_count(config.model) // mesh.sizes.tp, memory_bytes()
+    count, there = parameter_count(config.model) // (mesh.sizes.tp * mesh.sizes.dp_shard), memory_bytes()
     # fp32 weights are made in main memory; a run on the CPU adds gradients and two moments of the same size.
     each, what = (16, "weights, gradients and moments") if mesh.device.type == "cpu" else (4, "weights")
     need = f"the model has {count:,} parameters, whose {what} need {each * count / 2**30:,.1f} GiB"

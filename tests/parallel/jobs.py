@@ -229,9 +229,11 @@ def data_sums(bucket_bytes: int) -> dict[str, Any]:
         used = [parameters[name] for name in ("first", "second", "third", "slow")]
         return torch.stack([(number + 1 + rank) * p.square().sum() for number, p in enumerate(used)]).sum()
 
+    data.begin()
+    data.before_backward(last=False)
     loss().backward()
     idle = sum(data.step.calls.values())
-    data.arm()
+    data.before_backward(last=True)
     loss().backward()
     early = data.step.calls.get("core", 0)
     data.finish()
@@ -261,19 +263,19 @@ def loss_traffic(size: int, chunk: int) -> list[int]:
     assert group is not None
     part = VocabularyPart(size, group)
     sent: list[int] = []
-    plain = collectives._all_gather
+    plain = collectives.all_gather
 
     def count(parts: Tensor, own: Tensor, **options: Any) -> Any:
         sent.append(own.numel())
         return plain(parts, own, **options)
 
-    collectives._all_gather = count
+    collectives.all_gather = count
     try:
         x = torch.randn(2, 9, 6, requires_grad=True)
         weight = torch.randn(len(part.rows), 6, requires_grad=True)
         part.sum_nll(x, weight, torch.zeros(2, 9, dtype=torch.int64), chunk).backward()
     finally:
-        collectives._all_gather = plain
+        collectives.all_gather = plain
     return sent
 
 

@@ -25,6 +25,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-sp-dp2": (4, {"tp": 2}),
     "tp4-sp": (4, {"tp": 4}),
     "dp4": (4, {}),
+    "fsdp2": (2, {"dp_shard": 2}),
+    "fsdp2-not-kept": (2, {"dp_shard": 2, "keep_gathered": "never"}),
+    "fsdp4": (4, {"dp_shard": 4}),
+    "hsdp": (4, {"dp_shard": 2}),
+    "hsdp-not-kept": (4, {"dp_shard": 2, "keep_gathered": "never"}),
+    "tp2-sp-fsdp2": (4, {"tp": 2, "dp_shard": 2}),
+    "tp2-fsdp2-not-kept": (4, {"tp": 2, "dp_shard": 2, "sequence_parallel": False, "keep_gathered": "never"}),
 }
 
 
@@ -82,6 +89,9 @@ def check(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
         ("hope", "float64", False, "tp2-sp-dp2"),
         ("hope_attention", "float32", True, "tp2-sp"),
         ("transformer_pp", "float64", True, "dp2"),
+        ("hope", "float64", True, "hsdp"),
+        ("hope_nested", "float32", False, "tp2-sp-fsdp2"),
+        ("hope_attention", "float64", False, "fsdp2-not-kept"),
     ],
 )
 def test_ten_steps_are_those_of_one_process(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
@@ -90,8 +100,15 @@ def test_ten_steps_are_those_of_one_process(gang: Gang, arch: str, dtype: str, t
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "tied"),
+    # Sharding treats the embedding as it treats any other matrix: tied on some layouts, not on the others.
+    [
+        (layout, tied)
+        for number, (layout, (_, options)) in enumerate(LAYOUTS.items())
+        for tied in ([number % 2 == 0] if "dp_shard" in options else [False, True])
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("arch", MODELS)
 def test_every_layout_trains_as_one_process(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
@@ -100,21 +117,29 @@ def test_every_layout_trains_as_one_process(gang: Gang, arch: str, dtype: str, t
 
 def test_folding_in_mid_period_changes_only_rounding(gang: Gang) -> None:
     # Step 3 of period 4: afterwards one rank holds the sum of both, and the others start from zero.
-    (found, _) = gang.run(cases.train, 2, arch="hope_attention", dtype="float64", fold_at=3)
     plain = alone("hope_attention", "float64", False)
-    for name, tensor in plain["final"].items():
-        torch.testing.assert_close(found["final"][name], tensor, rtol=0, atol=1e-10, msg=name)
+    for options in ({}, {"dp_shard": 2}):
+        (found, _) = gang.run(cases.train, 2, arch="hope_attention", dtype="float64", fold_at=3, **options)
+        for name, tensor in plain["final"].items():
+            torch.testing.assert_close(found["final"][name], tensor, rtol=0, atol=1e-10, msg=name)
 
 
 def test_recompute_repeats_the_exchanges(gang: Gang) -> None:
-    (found, _) = gang.run(cases.train, 2, arch="hope_attention", dtype="float64", recompute=True, tp=2)
-    compare(found, alone("hope_attention", "float64", False), "float64", 1)
+    for options, parts in (({"tp": 2}, 1), ({"dp_shard": 2}, 2), ({"dp_shard": 2, "keep_gathered": "never"}, 2)):
+        (found, _) = gang.run(cases.train, 2, arch="hope_attention", dtype="float64", recompute=True, **options)
+        compare(found, alone("hope_attention", "float64", False), "float64", parts)
 
 
 def test_bf16_exchanges_follow_one_process_to_its_precision(gang: Gang) -> None:
     options = {"arch": "hope_attention", "dtype": "float32", "precision": "bf16"}
     expected = cases.train(**options)
-    for ranks, layout in ((2, {"tp": 2}), (2, {}), (2, {"tp": 2, "sequence_parallel": False})):
+    for ranks, layout in (
+        (2, {"tp": 2}),
+        (2, {}),
+        (2, {"tp": 2, "sequence_parallel": False}),
+        (2, {"dp_shard": 2}),
+        (2, {"dp_shard": 2, "keep_gathered": "never"}),
+    ):
         for found in gang.run(cases.train, ranks, **options, **layout):
             for mine, theirs in zip(found["reports"], expected["reports"], strict=True):
                 assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
@@ -126,11 +151,31 @@ def test_bf16_exchanges_follow_one_process_to_its_precision(gang: Gang) -> None:
 def test_a_checkpoint_of_any_layout_is_read_by_any_other(gang: Gang, tmp_path: Path, arch: str) -> None:
     # 67 rows of vocabulary on 4, 2 and 1 ranks; step 3 is in mid-period of two levels.
     written = gang.run(cases.save, 4, folder=str(tmp_path), arch=arch, steps=3, tp=4, tied=True)[0]
-    for ranks, layout in ((1, {}), (2, {"tp": 2}), (4, {"tp": 2}), (4, {"tp": 4})):
+    for ranks, layout in (
+        (1, {}),
+        (2, {"tp": 2}),
+        (4, {"tp": 2}),
+        (4, {"tp": 4}),
+        (2, {"dp_shard": 2}),
+        (4, {"dp_shard": 2, "keep_gathered": "never"}),
+        (4, {"dp_shard": 2, "tp": 2}),
+        (4, {"dp_shard": 4}),
+    ):
         for read in gang.run(cases.load, ranks, folder=str(tmp_path), arch=arch, tied=True, **layout):
             assert read.keys() - {"own"} == written.keys()
             for name, tensor in written.items():
                 assert torch.equal(read[name], tensor), (name, ranks, layout)
+
+
+@pytest.mark.parametrize("layout", [{"dp_shard": 2, "tp": 2}, {"dp_shard": 4}, {"dp_shard": 2}], ids=str)
+def test_a_checkpoint_of_shards_is_read_by_any_other_layout(gang: Gang, tmp_path: Path, layout: dict[str, Any]) -> None:
+    arch = "hope_nested"
+    written = gang.run(cases.save, 4, folder=str(tmp_path), arch=arch, steps=3, tied=True, **layout)[0]
+    for ranks, other in ((1, {}), (2, {"tp": 2}), (2, {}), (4, layout), (4, {"dp_shard": 4})):
+        for read in gang.run(cases.load, ranks, folder=str(tmp_path), arch=arch, tied=True, **other):
+            assert read.keys() - {"own"} == written.keys()
+            for name, tensor in written.items():
+                assert torch.equal(read[name], tensor), (name, ranks, other)
 
 
 def test_traffic_of_a_level_is_one_reduction_per_period(gang: Gang) -> None:
@@ -159,7 +204,7 @@ def test_all_ranks_refuse_what_one_of_them_cannot_apply(gang: Gang, name: str) -
 def test_decoding_and_logits_are_those_of_one_process(gang: Gang) -> None:
     for arch in ("hope", "hope_attention"):
         expected = cases.decode(arch)
-        for options in ({"tp": 2}, {"tp": 2, "sequence_parallel": False}):
+        for options in ({"tp": 2}, {"tp": 2, "sequence_parallel": False}, {"dp_shard": 2, "keep_gathered": "never"}):
             for found in gang.run(cases.decode, 2, arch=arch, **options):
                 for mine, theirs in zip(found, expected, strict=True):
                     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
@@ -169,8 +214,8 @@ def test_decoding_and_logits_are_those_of_one_process(gang: Gang) -> None:
     ("sizes", "more", "named"),
     [
         (MeshSizes(pp=2), {}, "parallel.pp=2"),
-        (MeshSizes(dp_shard=2), {}, "parallel.dp_shard=2"),
         (MeshSizes(tp=2), {"compile": "model"}, "train.compile=model"),
+        (MeshSizes(dp_shard=2), {"compile": "model"}, "train.compile=model"),
     ],
 )
 def test_what_is_not_there_is_refused(sizes: MeshSizes, more: dict[str, Any], named: str) -> None:

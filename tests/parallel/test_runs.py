@@ -84,7 +84,7 @@ def test_layouts_follow_each_other(gang: Gang, tiny: Tiny, save: str) -> None:
     legs = [
         (4, ["parallel.tp=2"], 2),
         (2, ["parallel.tp=2", "parallel.sequence_parallel=false"], 5),
-        (4, [], 6),
+        (4, ["parallel.dp_shard=2"], 6),
         (1, [], 7),
         (4, ["parallel.tp=2"], 0),
     ]
@@ -112,7 +112,7 @@ def test_mistakes_are_reported_once(gang: Gang, tiny: Tiny) -> None:
         (["train.lr=3"], "lr"),
         (["parallel.dp_replicate=3"], "start 3 processes"),
         (["parallel.tp=2", "parallel.pp=2"], "cannot be divided"),
-        (["parallel.dp_shard=2"], "dp_shard=2"),
+        (["parallel.dp_shard=3"], "cannot be divided by"),
         (["data.tokenizer=/nowhere"], "tokenizer"),
         ([f"dir={tiny.config}/below"], "run directory"),
     ):
@@ -125,7 +125,7 @@ def test_mistakes_are_reported_once(gang: Gang, tiny: Tiny) -> None:
 
 
 def test_windows_are_shared_and_everybody_has_all_scores(gang: Gang) -> None:
-    several = ((2, {}), (4, {}), (4, {"tp": 2}))
+    several = ((2, {}), (4, {}), (4, {"tp": 2}), (4, {"dp_shard": 2}), (4, {"dp_shard": 4, "keep_gathered": "never"}))
     for arch, layouts in (("hope", several[2:]), ("hope_attention", several)):
         expected = jobs.score(arch, 7)
         for ranks, options in layouts:

@@ -28,10 +28,21 @@ from tests.train.tiny import STEPS, Tiny, assert_same_run, assert_same_tensors, 
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled"), pytest.mark.timeout(300)]
 
 RARE = ("checkpoint.every=0", "checkpoint.keep_last=99")
-LAYOUTS: tuple[tuple[int, dict[str, Any]], ...] = ((1, {}), (2, {}), (2, {"tp": 2}), (4, {}), (4, {"tp": 2}))
+HSDP: dict[str, Any] = {"dp_shard": 2, "keep_gathered": "never"}
+LAYOUTS: tuple[tuple[int, dict[str, Any]], ...] = (
+    (1, {}),
+    (2, {}),
+    (2, {"tp": 2}),
+    (4, {}),
+    (4, {"tp": 2}),
+    (4, HSDP),
+    (4, {"dp_shard": 2, "tp": 2}),
+)
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (4, {}), (4, {"tp": 2})])
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, {}), (4, {}), (4, {"tp": 2}), (4, HSDP), (4, {"dp_shard": 2, "tp": 2})]
+)
 def test_the_same_layout_reads_its_own_and_another_the_sum(
     gang: Gang, tmp_path: Path, ranks: int, layout: dict[str, Any]
 ) -> None:
@@ -88,12 +99,15 @@ def stop_and_go_on(gang: Gang, tiny: Tiny, name: str, ranks: int, *layout: str) 
     continue_elsewhere(gang, tiny, name, [(ranks, options, 3), (ranks, options, 7), (ranks, options, 0)])
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(2, ()), (4, ()), (4, ("parallel.tp=2",))])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(2, ()), (4, ()), (4, ("parallel.tp=2",)), (4, ("parallel.dp_shard=2",)), (2, ("parallel.dp_shard=2",))],
+)
 def test_a_signal_in_mid_period_leaves_no_trace(gang: Gang, tiny: Tiny, ranks: int, layout: tuple[str, ...]) -> None:
     train(gang, tiny, ranks, "whole", "checkpoint.every=0", *layout)
     stop_and_go_on(gang, tiny, "halves", ranks, *layout)
     for step in (3, 7):
-        assert verify(tiny.checkpoint("halves", step)).stacked == (2 if layout else ranks)
+        assert verify(tiny.checkpoint("halves", step)).stacked == (2 if "parallel.tp=2" in layout else ranks)
     assert tiny.checkpoints("whole") == [f"step_{STEPS:08d}"], "the uninterrupted run has summed nothing on the way"
     assert_same_run(tiny, "halves", "whole")
 

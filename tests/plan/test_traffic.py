@@ -6,19 +6,22 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from data_pipelines.batches import Batch
 from hope_train.config.load import load_config
 from hope_train.config.mesh import MeshSizes, resolve_mesh
 from hope_train.config.tree import RunConfig
 from hope_train.levels.schedule import LevelPlan, level_of, set_name
 from hope_train.model.hope import build_model
+from hope_train.parallel.counting import CountCollectives
 from hope_train.parallel.engine import build_engine
 from hope_train.parallel.mesh import Mesh
 from hope_train.plan.sharding import rank_shares
 from hope_train.plan.traffic import bucket_count, gradient_ratio, kept_levels, rank_flows
-from tests.plan.fake_ranks import CountCollectives, fake_mesh
+from tests.plan.fake_ranks import fake_mesh
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 HOPE = {
@@ -44,17 +47,11 @@ def counted_step(config, world, number):
         engine.model.recompute = config.train.recompute
         train, optimizer = config.train, engine.optimizer
         rows = train.batch_tokens // train.context_length // sizes.dp
+        tokens = np.random.default_rng(0).integers(0, 37, (rows, train.context_length))
         for _ in range(1, number):  # steps before it need no gradients to be counted as steps
             optimizer.step(tokens=train.batch_tokens, finite=True)
         with CountCollectives() as counter:
-            for first in range(0, rows, train.micro_batch_size):
-                tokens = torch.randint(37, (train.micro_batch_size, train.context_length))
-                with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
-                    loss, _ = engine.model.loss(tokens, tokens, chunk=train.loss_chunk)
-                if first + train.micro_batch_size == rows:
-                    engine.arm()
-                loss.backward()
-            engine.finish_backward()
+            engine.forward_backward(Batch(tokens, tokens, None), train.batch_tokens, train)
             # Results of fake collectives are arbitrary: whether they are finite is not the question.
             optimizer.step(tokens=train.batch_tokens, finite=True)
         assert optimizer.steps == number
@@ -74,6 +71,10 @@ LAYOUTS = {
     "tp4-whole-tokens": (4, {"tp": 4, "sequence_parallel": False}),
     "dp": (4, {}),
     "tp-dp": (4, {"tp": 2}),
+    "fsdp": (4, {"dp_shard": 4}),
+    "fsdp-not-kept": (3, {"dp_shard": 3, "keep_gathered": "never"}),
+    "hsdp": (4, {"dp_shard": 2}),
+    "tp-hsdp": (8, {"dp_shard": 2, "tp": 2}),
 }
 
 
@@ -89,6 +90,13 @@ LAYOUTS = {
         (ATTENTION, "tp4-whole-tokens", {"recompute": True}),
         (TWIN, "tp", {"precision": "bf16"}),
         (TWIN, "tp4-whole-tokens", {}),
+        (HOPE, "fsdp", {}),
+        (HOPE, "fsdp", {"precision": "bf16", "recompute": True}),
+        (HOPE | {"tie_embeddings": True}, "fsdp-not-kept", {"batch_tokens": 192}),
+        (ATTENTION, "fsdp-not-kept", {"batch_tokens": 192, "recompute": True}),
+        (ATTENTION, "hsdp", {}),
+        (TWIN, "hsdp", {}),
+        (HOPE | {"tie_embeddings": True}, "tp-hsdp", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else value.get("arch", "-".join(value)),
 )
@@ -100,8 +108,11 @@ def test_a_step_with_all_sets_due_communicates_what_is_planned(model, layout, tr
     assert counted_step(config, world, step) == planned(config, world, worst=True)
 
 
-def test_a_cycle_of_steps_communicates_the_average_that_is_planned():
-    config = run_config(HOPE, {"tp": 2})
+@pytest.mark.parametrize(
+    "parallel", [{"tp": 2}, {"dp_shard": 4}, {"dp_shard": 4, "tp": 2, "keep_gathered": "never"}], ids=str
+)
+def test_a_cycle_of_steps_communicates_the_average_that_is_planned(parallel):
+    config = run_config(HOPE, parallel, batch_tokens=256)
     total: dict[str, int] = {}
     for step in range(1, 5):
         for operation, size in counted_step(config, 8, step).items():

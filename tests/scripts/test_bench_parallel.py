@@ -34,8 +34,8 @@ def test_everything_is_engaged_on_a_mesh_of_one(small: None) -> None:
 
     with process_group(0, 1):
         engine = build_engine(bench_parallel.run_config({}), mesh_of_one())
-    assert engine.tensor is not None
-    assert engine.tensor.ranks == 1
+    assert engine.spread.tensor is not None
+    assert engine.spread.tensor.ranks == 1
     assert engine.data is not None
     assert engine.data.sizes.keys() == {"core", "level_0", "level_1"}
     assert isinstance(engine.optimizer.ranks, MeshRanks)
