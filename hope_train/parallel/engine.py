@@ -24,8 +24,7 @@ from hope_train.levels.schedule import LevelPlan, canonical_name, level_of, set_
 from hope_train.model.hope import HopeModel, build_model
 from hope_train.optim.dgd import SumRanks
 from hope_train.optim.mixed import MixedRule
-from hope_train.parallel import collectives
-from hope_train.parallel import weights
+from hope_train.parallel import collectives, weights
 from hope_train.parallel.data import DataParallel
 from hope_train.parallel.layouts import Layouts, layouts_of
 from hope_train.parallel.mesh import Mesh
@@ -205,8 +204,8 @@ def check_supported(config: RunConfig, mesh: Mesh) -> None:
         )
     if config.optimizer.name == "dgd" and mesh.sizes.dp_shard > 1:
         raise UserError(
-            f"optimizer.name=dgd steps by whole inputs of layers, which parallel.dp_shard={mesh.sizes.dp_shard} does not "
-            "sum: set parallel.dp_shard=1, or take another rule"
+            "optimizer.name=dgd makes gradients of its own from the inputs of layers, which shards do not sum: set "
+            "parallel.dp_shard=1, or take another rule"
         )
     if config.train.compile == "model" and (mesh.sizes.tp > 1 or mesh.sizes.dp_shard > 1):
         raise UserError(
