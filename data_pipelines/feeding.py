@@ -168,7 +168,7 @@ class ProcessFeed:
         """End the workers."""
         self._closing = True
         for worker in self._workers:
-            worker.process.terminate()
+            worker.process.kill()
         for worker in self._workers:
             worker.process.join(_JOIN_SECONDS)
             worker.pipe.close()
@@ -196,8 +196,9 @@ class ProcessFeed:
 
 def _work(pipe: Connection, recipe: Recipe) -> None:
     """A worker: serves its lanes in turn, no further ahead than it has been asked to. Ends with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's, which finishes its step first.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # What a terminal or a scheduler sends to every process is the trainer's, which finishes its step first.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     lanes: dict[int, tuple[int, Iterator[Chunk]]] = {}
     wanted: dict[int, int] = {}
     opened: list[tuple[Corpus, int]] = []

@@ -7,6 +7,9 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,50 @@ def test_a_worker_that_is_killed_is_a_clear_stop(streams: Streams) -> None:
     os.kill(source._feed._workers[0].process.pid or 0, signal.SIGKILL)
     with pytest.raises(UserError, match=r"a data worker has ended \(exit code -9\): was it killed"):
         batches_of(source, 1, 200)
+
+
+@pytest.mark.timeout(120)
+def test_workers_outlive_signals_and_end_with_their_trainer(streams: Streams, tmp_path: Path) -> None:
+    (streams.folder / "a.jsonl").write_bytes(b"".join(lines(make_texts(200))))
+    source = streams.open("stop", workers=2)
+    source.batch(0)
+    recipe = {"data": source.recipe.data.model_dump(mode="json"), "tokenizer": streams.tokenizer.path}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    program = (
+        "import json, os, sys, time\n"
+        "from data_pipelines.batches import open_data\nfrom hope_train.config.data import DataConfig\n"
+        "from hope_train.config.train import TrainConfig\n"
+        "if __name__ == '__main__':\n"
+        "    tree = json.load(open(sys.argv[1]))\n"
+        "    train = TrainConfig(context_length=32, batch_tokens=256, micro_batch_size=1, tokens=256)\n"
+        "    source = open_data(DataConfig.model_validate(tree['data']), train, 3, 400).train\n"
+        "    source.batch(0)\n"
+        "    print([w.process.pid for w in source._feed._workers], flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    source.batch(300)\n"
+        "    print('still there', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "trainer.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, str(tmp_path / "trainer.py"), str(tmp_path / "recipe.json")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as trainer:  # type: ignore[call-overload]
+        pids = json.loads(trainer.stdout.readline())
+        assert len(pids) == 2
+        for pid in pids:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                os.kill(pid, number)
+        trainer.stdin.write("\n")
+        trainer.stdin.flush()
+        assert trainer.stdout.readline() == "still there\n"
+        trainer.kill()
+        trainer.wait(30)
+    for _ in range(300):
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return
+        time.sleep(0.1)
+    pytest.fail("the workers live on")
 
 
 def test_a_large_gz_is_entered_by_its_index(streams: Streams, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -107,3 +107,27 @@ def test_a_source_that_goes_away_ends_in_a_save_and_loses_nothing(
     assert streaming.train("gone", *few) == 0
     ours, whole = ([row["loss"] for row in streaming.metrics(name)] for name in ("gone", "whole"))
     assert ours == whole
+
+
+def test_a_run_on_a_token_set_is_resumed_exactly_and_refuses_another(
+    tiny: Tiny, corpus: dict[str, Any], text: Path
+) -> None:
+    from data_pipelines.commands import tokenize_command
+
+    write_config(tiny.config, {**corpus, "sources": [{"path": str(text)}]})
+    sets = [tiny.folder / name for name in ("set", "other")]
+    assert tokenize_command(str(tiny.config), [], str(sets[0]), workers=1, as_json=True) == 0
+    with (text / "part-2.jsonl").open("a") as out:
+        out.write('{"text": "one more"}\n')
+    assert tokenize_command(str(tiny.config), [], str(sets[1]), workers=1, as_json=True) == 0
+    write_config(tiny.config, {**corpus, "mode": "indexed", "sources": [{"indexed": str(sets[0])}]})
+    assert tiny.train("whole", *levels(*ALL)) == 0
+    for step in (1, 5):
+        cut(tiny, f"killed-{step}", step)
+        assert tiny.train(f"killed-{step}", *levels(*ALL)) == 0
+        assert_same_run(tiny, f"killed-{step}", "whole")
+    cut(tiny, "other-text", 3)
+    shutil.rmtree(sets[0])
+    sets[1].rename(sets[0])
+    with pytest.raises(UserError, match=r"trained on other data \(text"):
+        tiny.train("other-text", *levels(*ALL))
