@@ -1,7 +1,7 @@
 """The data pipeline's speed and memory: `make bench-data`, one JSON line per row.
 
-All rows are on one corpus, in documents of about 4000 characters: a file or folder (`--corpus`), or Python's own
-documentation. Ratios compare rows of one run. What only concerns a processor (tokenising, gathering windows) is timed
+All rows are on one corpus, cut into documents of the lengths of web pages: a file or folder (`--corpus`), or
+Python's own documentation. Ratios compare rows of one run. What only concerns a processor (tokenising, gathering windows) is timed
 by the process's own CPU time, what concerns several processes by the clock: the machine should be idle. Each row says
 its bar and whether it was met.
 """
@@ -12,8 +12,10 @@ import argparse
 import gzip
 import itertools
 import json
+import math
 import os
 import platform
+import random
 import shutil
 import tempfile
 import time
@@ -34,7 +36,9 @@ from hope_train.config.data import DataConfig
 from hope_train.config.train import TrainConfig
 
 LENGTH, ROWS = 2048, 32
-DOCUMENT_CHARACTERS = 4000
+MEDIAN_CHARACTERS, SPREAD = 2500, 1.0
+"""Lengths of documents: log-normal, as those of web pages about are; the mean is 4100 characters."""
+
 COPIES = 4
 """The streamed corpus is the text so many times over (each copy's documents told apart by a first line)."""
 
@@ -52,9 +56,13 @@ def say(row: Row) -> None:
 def prepare(corpus: str, work: Path) -> tuple[list[str], Tokenizer]:
     """The documents, as texts and as plain and packed files under `work`, and a tokenizer."""
     pieces = []
+    lengths = random.Random(0)
     for document in read_source(parse_source(corpus)):
-        text = document.text
-        pieces += [text[at : at + DOCUMENT_CHARACTERS] for at in range(0, len(text), DOCUMENT_CHARACTERS)]
+        text, at = document.text, 0
+        while at < len(text):
+            size = int(lengths.lognormvariate(math.log(MEDIAN_CHARACTERS), SPREAD)) + 1
+            pieces.append(text[at : at + size])
+            at += size
     (work / "plain").mkdir()
     (work / "packed").mkdir()
     with gzip.open(work / "packed" / "all.jsonl.gz", "wb", 3) as packed:
