@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines.order import permute
-from data_pipelines.records import Place
+from data_pipelines.records import Place, Record
 from data_pipelines.selecting import LONG_CHARACTERS, Selector, reading_again
 from data_pipelines.shards import Shard
 from data_pipelines.tokenizer import Tokenizer
@@ -121,6 +121,7 @@ class GroupStream:
         parts = max(1, -(-lanes // len(shards)))
         self._units = [Unit(shard, part, parts) for shard in shards for part in range(parts)]
         self._selectors = {number: Selector(source, corpus.data) for number, source in enumerate(corpus.data.sources)}
+        self._reading: tuple[tuple[int, int, Place], Iterator[Record]] | None = None
         self.position = position._replace(taken=0)
         self._block = self._read_block()
         self._open(position.taken)
@@ -184,7 +185,7 @@ class GroupStream:
         while True:
             units = self.units(epoch)
             while unit < len(units):
-                for document, behind in self._documents(units[unit], place, counts):
+                for document, behind in self._documents(epoch, unit, units[unit], place, counts):
                     block.texts.append(document)
                     characters += len(document[0])
                     full = len(block.texts) >= self._corpus.data.stream.shuffle_documents
@@ -205,15 +206,19 @@ class GroupStream:
             empty_epochs += 1
 
     def _documents(
-        self, unit: Unit, place: Place, counts: Counter[str]
+        self, epoch: int, number: int, unit: Unit, place: Place, counts: Counter[str]
     ) -> Iterator[tuple[tuple[str, int, str], Place]]:
         """(text, source, id) of the training documents of a unit from `place` on, and the place behind each."""
         data, source = self._corpus.data, unit.shard.source
         selector = self._selectors[source]
-        records = reading_again(
-            *(unit.shard, place, unit.part, unit.parts, selector.columns),
-            *(data.retries, data.retry_seconds, self._tell),
-        )
+        if self._reading is None or self._reading[0] != (epoch, number, place):
+            records = reading_again(
+                *(unit.shard, place, unit.part, unit.parts, selector.columns),
+                *(data.retries, data.retry_seconds, self._tell),
+            )
+        else:  # The block before ended here: the file is open.
+            records = self._reading[1]
+        self._reading = None
         for record in records:
             verdict = selector.judge(record)
             counts[verdict] += 1
@@ -221,6 +226,7 @@ class GroupStream:
                 assert record.text is not None
                 counts["long"] += len(record.text) > LONG_CHARACTERS
                 name = unit.shard.name if record.whole_file else f"{unit.shard.name}:{record.number}"
+                self._reading = (epoch, number, record.after), records
                 yield (record.text, source, name), record.after
 
 

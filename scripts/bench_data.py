@@ -1,9 +1,9 @@
 """The data pipeline's speed and memory: `make bench-data`, one JSON line per row.
 
-All rows are on one corpus, cut into documents of the lengths of web pages: a file or folder (`--corpus`), or
-Python's own documentation. Ratios compare rows of one run. What only concerns a processor (tokenising, gathering windows) is timed
-by the process's own CPU time, what concerns several processes by the clock: the machine should be idle. Each row says
-its bar and whether it was met.
+All rows are on one corpus, cut into documents of the lengths of web pages: a file or folder (`--corpus`), or Python's
+own documentation. Ratios compare rows of one run. What only concerns a processor (tokenising, gathering windows) is
+timed by the process's own CPU time, what concerns several processes by the clock: the machine should be idle. Each row
+says its bar and whether it was met.
 """
 
 from __future__ import annotations

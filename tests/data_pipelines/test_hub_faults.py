@@ -117,6 +117,7 @@ def test_faults_that_pass_change_nothing(hub: Hub, tokenizer: Tokenizer, tmp_pat
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_hub_that_stays_away_is_a_clear_stop_from_which_all_goes_on(
     hub: Hub, tokenizer: Tokenizer, tmp_path: Path
@@ -135,6 +136,7 @@ def test_a_hub_that_stays_away_is_a_clear_stop_from_which_all_goes_on(
     assert {**stopped["batches"], **rest["batches"]} == calm["batches"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_new_commit_is_another_identity(hub: Hub, tokenizer: Tokenizer, tmp_path: Path) -> None:
     before = run(hub, tokenizer, tmp_path, (0, 1))["identity"]

@@ -365,6 +365,26 @@ def test_best_fit_loses_nothing_and_fits(lengths: list[int]) -> None:
     assert len(sums) < 2 or sums[0] + sums[1] > 50
 
 
+def test_a_file_is_opened_once_an_epoch(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block goes on where the one before ended: opening a .gz there would unpack everything before it."""
+    from data_pipelines import shards
+
+    opens: list[str] = []
+    read = shards.read_records
+
+    def noting(file: Any, *rest: Any) -> Any:
+        opens.append(file.name)
+        return read(file, *rest)
+
+    monkeypatch.setattr(shards, "read_records", noting)
+    source = opened(lanes=1, shuffle_documents=4, tree={"validation_fraction": 0.0}).train
+    for index in range(30):
+        source.batch(index)
+    assert isinstance(source, StreamSource)
+    epochs = max(position[0] for position in source.state(30 * ROWS)["lanes"]["0"]["groups"]) + 1
+    assert max(Counter(opens).values()) <= epochs
+
+
 def test_shuffling_is_by_blocks_epochs_and_seeds(opened: Open, tokenizer: Tokenizer) -> None:
     def firsts(seed: int, **stream: Any) -> list[str]:
         source = opened(seed=seed, weights=False, **stream).train
@@ -377,11 +397,11 @@ def test_shuffling_is_by_blocks_epochs_and_seeds(opened: Open, tokenizer: Tokeni
 
 
 def test_too_many_lanes_for_the_text_are_refused(opened: Open, tmp_path: Path) -> None:
-    (tmp_path / "few.jsonl").write_bytes(lines(make_texts(5)))
+    (tmp_path / "few.jsonl").write_bytes(lines(make_texts(1)))
     tree = {"sources": [{"path": str(tmp_path / "few.jsonl")}], "validation_fraction": 0.0}
     with pytest.raises(UserError, match=r"lane \d of data\.stream\.lanes=6 has no training document .*set fewer lanes"):
         opened(tree=tree).train.batch(0)
-    assert opened(tree=tree, lanes=2).train.batch(0).tokens.shape == (ROWS, LENGTH)
+    assert opened(tree=tree, lanes=1).train.batch(0).tokens.shape == (ROWS, LENGTH)
 
 
 def test_builtin_text_streams(opened: Open) -> None:
