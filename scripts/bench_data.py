@@ -39,7 +39,7 @@ LENGTH, ROWS = 2048, 32
 MEDIAN_CHARACTERS, SPREAD = 2500, 1.0
 """Lengths of documents: log-normal, as those of web pages about are; the mean is 4100 characters."""
 
-COPIES = 4
+COPIES = 2
 """The streamed corpus is the text so many times over (each copy's documents told apart by a first line)."""
 
 CONSUMED, WORKERS = 40_000, 8
