@@ -222,11 +222,13 @@ class CheckpointWriter:
                         self._publish(work, self.checkpoints / step_name(facts.step))
                     self._base = manifest
         self.last, self.last_step, self.failures = self.checkpoints / step_name(facts.step), facts.step, 0
-        if prune and self.rank == 0:
-            try:
-                self.prune()
-            except OSError as error:
-                self.tell(f"warning: an old checkpoint could not be deleted: {error}")
+        if prune:
+            with self._together("prune"):  # who lost the run just now is every rank's business
+                if self.rank == 0:
+                    try:
+                        self.prune()
+                    except OSError as error:
+                        self.tell(f"warning: an old checkpoint could not be deleted: {error}")
 
     def _publish(self, work: Path, final: Path) -> None:
         """The moment at which the checkpoint exists."""

@@ -65,7 +65,20 @@ class Layouts:
             return local
         shape = self.shapes[name]
         stride = torch.empty(shape, device="meta").stride()
+        mesh = where_it_is(local, mesh)
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def where_it_is(local: Tensor, mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks as a mesh of the device that a tensor is on. Moments may rest in host memory: over a mesh of GPUs
+    DTensor would make a copy of them there, and what is read into a copy is lost.
+    """
+    if local.is_meta or local.device.type == mesh.device_type:
+        return mesh
+    groups = mesh.get_all_groups()
+    if len(groups) == 1:
+        return DeviceMesh.from_group(groups[0], local.device.type)
+    return DeviceMesh.from_group(groups, local.device.type, mesh=mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
 
 def parameter_of(entry: str) -> tuple[str | None, str]:

@@ -42,7 +42,7 @@ Changes = dict[str, tuple[Any, Any]]
 FREE = (
     *("name", "dir", "log", "checkpoint", "eval", "parallel", "data.tokenizer", "data.cache_dir", "data.hub_timeout"),
     *("data.retries", "data.retry_seconds", "data.stream.workers", "data.stream.prefetch_rows"),
-    *("train.device", "train.threads", "train.log_every", "train.nan_patience"),
+    *("train.device", "train.threads", "train.log_every", "train.nan_patience", "optimizer.rest_from_period"),
 )
 
 _PACKAGES = ("torch", "numpy", "sentencepiece", "datasets", "pydantic", "triton")

@@ -75,11 +75,13 @@ def check_background_save(run: Session) -> None:
 
 
 def finish_background_save(run: Session) -> None:
-    """Wait for the save under way. Raises FencedError."""
+    """Wait for the save under way. Raises FencedError, on all ranks if one of them has noticed."""
     try:
-        run.writer.finish()
+        with run.losing():
+            run.writer.finish()
     except SaveError as error:
         warn(run, error)
+    run.still_ours()
 
 
 def check_ownership(run: Session) -> None:

@@ -7,19 +7,24 @@ import os
 import signal
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from hope_train.checkpoint import writer
 from hope_train.cli import run as hope
 from hope_train.errors import UserError
 from hope_train.evaluate.scoring import Scorer, Window
 from hope_train.model.loss import IGNORED, chunked_cross_entropy, token_nll
 from hope_train.parallel import collectives
 from hope_train.parallel.data import DataParallel
+from hope_train.parallel.layouts import Layouts
 from hope_train.parallel.mesh import open_mesh
 from hope_train.parallel.plan import part_of
 from hope_train.parallel.team import Team
@@ -202,6 +207,34 @@ def taken_over_run(config: str, overrides: list[str], at: int) -> tuple[int | No
         loop.take_step = plain
 
 
+def taken_over_save(config: str, overrides: list[str], at: int, stage: str) -> tuple[int | None, str]:
+    """`train_run` whose directory another process takes in the middle of the save of step `at`: before it is put in
+    place, or between that and the removal of older ones.
+    """
+    plain_manifest, plain_publish = writer.write_manifest, writer.CheckpointWriter._publish
+
+    def take(folder: Path) -> None:
+        if folder.name.startswith(f"step_{at:08d}"):
+            (folder.parents[1] / "incarnation.json").write_text('{"id": "somebody-else"}')
+
+    def write_manifest(work: Path, *arguments: Any) -> Any:
+        manifest = plain_manifest(work, *arguments)
+        if stage == "publish":
+            take(work)
+        return manifest
+
+    def publish(self: Any, work: Path, final: Path) -> None:
+        plain_publish(self, work, final)
+        if stage == "prune":
+            take(final)
+
+    writer.write_manifest, writer.CheckpointWriter._publish = write_manifest, publish  # type: ignore[method-assign]
+    try:
+        return train_run(config, overrides)
+    finally:
+        writer.write_manifest, writer.CheckpointWriter._publish = plain_manifest, plain_publish  # type: ignore[method-assign]
+
+
 def score(arch: str, windows: int, **options: Any) -> list[list[float]]:
     """Scores of windows of many lengths, and of streams, shared over the ranks."""
     engine = open_engine(make_config(arch, **options), "float64")
@@ -333,3 +366,22 @@ def places() -> dict[str, Any]:
         "dp group": members("dp_replicate"),
         "shard group": members("dp_shard"),
     }
+
+
+def wrapped_in_host_memory() -> list[tuple[list[int], float]]:
+    """Tensors in host memory, though the mesh is of another kind of device, cut once and cut twice: the whole's shape,
+    and what is seen in the rank's own part after the whole's local part has been written to."""
+    ranks = dist.get_world_size()
+    square = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("tp", "dp_shard"))
+    both = DeviceMesh.from_group(square.get_all_groups(), "cuda", mesh=square.mesh, mesh_dim_names=("tp", "dp_shard"))
+    tensor = DeviceMesh.from_group(square.get_group("tp"), "cuda")
+    shard = DeviceMesh.from_group(square.get_group("dp_shard"), "cuda")
+    found = []
+    for meshes, shape in (((tensor, None, None), (6, 2)), ((tensor, shard, both), (3 * ranks, 2))):
+        local = torch.zeros(3, 2)
+        whole = Layouts({"x": shape}, {"x": 0}, *meshes).wrap({"x": local})["x"]
+        assert isinstance(whole, DTensor)
+        with torch.no_grad():
+            whole.to_local().fill_(dist.get_rank() + 1.0)
+        found.append((list(whole.shape), float(local.sum())))
+    return found

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hope_train.checkpoint.manifest import list_unfinished, verify
 from hope_train.checkpoint.store import load_model
 from tests.parallel import jobs
 from tests.parallel.harness import Gang
@@ -104,6 +105,20 @@ def test_a_run_that_is_taken_over_stops_on_every_rank(gang: Gang, tiny: Tiny) ->
     arguments = {"config": str(tiny.config), "overrides": ["name=taken", *ALL[2:]]}
     assert gang.run(jobs.taken_over_run, 2, **arguments, at=4) == [(1, "")] * 2
     assert [row["step"] for row in tiny.metrics("taken")] == [1, 2, 3], "nothing is written into another's logs"
+
+
+@pytest.mark.parametrize("save", ["checkpoint.async_save=false", "checkpoint.async_save=true"])
+@pytest.mark.parametrize(("stage", "left"), [("publish", [3]), ("prune", [3, 4])])
+def test_a_run_that_is_taken_over_during_a_save_writes_and_deletes_nothing_more(
+    gang: Gang, tiny: Tiny, stage: str, left: list[int], save: str
+) -> None:
+    options = ["name=taken", "checkpoint.every=1", "checkpoint.keep_last=1", "train.micro_batch_size=1", save]
+    arguments = {"config": str(tiny.config), "overrides": options, "at": 4, "stage": stage}
+    assert gang.run(jobs.taken_over_save, 2, **arguments) == [(1, "")] * 2, "both ranks stop, and say so"
+    assert tiny.checkpoints("taken") == [f"step_{step:08d}" for step in left]
+    assert list_unfinished(tiny.dir("taken") / "checkpoints") == []
+    for step in left:
+        verify(tiny.checkpoint("taken", step))
 
 
 def test_mistakes_are_reported_once(gang: Gang, tiny: Tiny) -> None:

@@ -20,7 +20,7 @@ from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.rows import Rows
 from hope_train.train.saving import is_overdue
 from hope_train.train.session import Progress
-from tests.parallel import cases
+from tests.parallel import cases, jobs
 from tests.parallel.harness import Gang
 from tests.parallel.test_runs import assert_same_figures, continue_elsewhere, train
 from tests.train.tiny import STEPS, Tiny, assert_same_run, assert_same_tensors, read_checkpoint
@@ -204,6 +204,26 @@ def test_a_flipped_byte_in_any_file_is_found(gang: Gang, tmp_path: Path) -> None
                 find_checkpoint(folder)
             path.write_bytes(whole)
         find_checkpoint(folder)
+
+
+def test_what_rests_in_host_memory_is_not_copied_to_the_device_of_the_mesh(gang: Gang) -> None:
+    found = gang.run(jobs.wrapped_in_host_memory, 4)
+    assert found == [[([6, 2], 6.0 * rank), ([12, 2], 6.0 * rank)] for rank in (1, 2, 3, 4)]
+
+
+def test_resting_moments_go_through_any_layout(gang: Gang, tiny: Tiny) -> None:
+    options = ("checkpoint.every=2", "checkpoint.async_save=true")
+    train(gang, tiny, 4, "whole", *options, "parallel.tp=2")
+    legs = [
+        (4, [*options, "parallel.tp=2", rest], at)
+        for rest, at in (
+            ("optimizer.rest_from_period=2", 3),
+            ("optimizer.rest_from_period=null", 5),
+            ("optimizer.rest_from_period=4", 0),
+        )
+    ]
+    continue_elsewhere(gang, tiny, "rested", legs)
+    assert_same_run(tiny, "rested", "whole")
 
 
 def test_bytes_of_what_is_stacked() -> None:
