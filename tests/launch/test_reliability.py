@@ -15,6 +15,7 @@ def test_a_stopped_and_requeued_run_ends_in_the_bits_of_an_uninterrupted_one(ben
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "signal"])
 def test_a_run_ends_in_the_bits_of_one_to_which_nothing_happened(bench: Bench, scenario: str) -> None:
     measured = run_scenario(bench, scenario, seed=1)

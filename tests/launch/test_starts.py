@@ -14,7 +14,7 @@ import pytest
 from launch.places import read_json
 from scripts.reliability import Bench, Run, same_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_srun_starts_the_ranks_itself(bench: Bench) -> None:
