@@ -22,14 +22,12 @@ from hope_train.levels.optimizer import LevelOptimizer
 from hope_train.levels.report import StepReport
 from hope_train.levels.schedule import LevelPlan, canonical_name, level_of, set_name
 from hope_train.model.hope import HopeModel, build_model
-from hope_train.optim.dgd import SumRanks
-from hope_train.optim.mixed import MixedRule
-from hope_train.parallel import collectives, weights
+from hope_train.parallel import weights
 from hope_train.parallel.data import DataParallel
+from hope_train.parallel.inputs import check_rule, watch_layers
 from hope_train.parallel.layouts import Layouts, layouts_of
 from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.micro import micro_batches
-from hope_train.parallel.plan import Split, split_of_module
 from hope_train.parallel.ranks import MeshRanks
 from hope_train.parallel.rows import Rows
 from hope_train.parallel.sharded import ShardedData
@@ -196,17 +194,8 @@ def shares_of(mesh: Mesh) -> Shares:
 
 def check_supported(config: RunConfig, mesh: Mesh) -> None:
     """Raises UserError for what this engine cannot train."""
+    check_rule(config, mesh.sizes)
     check_sizes(mesh)
-    if config.optimizer.name == "dgd" and config.train.compile == "model":
-        raise UserError(
-            "optimizer.name=dgd reads the inputs of linear layers, which train.compile=model compiles away: set "
-            "train.compile=memory or none"
-        )
-    if config.optimizer.name == "dgd" and mesh.sizes.dp_shard > 1:
-        raise UserError(
-            "optimizer.name=dgd makes gradients of its own from the inputs of layers, which shards do not sum: set "
-            "parallel.dp_shard=1, or take another rule"
-        )
     if config.train.compile == "model" and (mesh.sizes.tp > 1 or mesh.sizes.dp_shard > 1):
         raise UserError(
             "train.compile=model compiles across the exchanges of tensor parallelism and the gathers of sharding: set "
@@ -262,18 +251,6 @@ def shard(model: HopeModel, config: RunConfig, mesh: Mesh) -> ShardedData:
     copies = ("dp_replicate",) if mesh.sizes.dp_replicate > 1 else ()
     fsdp_mesh = mesh.device_mesh[(*copies, "dp_shard")]
     return ShardedData(model, periods, kept, fsdp_mesh, shard_group, mesh.group("dp_replicate"), group)
-
-
-def watch_layers(optimizer: LevelOptimizer, model: HopeModel, config: RunConfig, tensor: TensorParallel | None) -> None:
-    """Let a rule that makes gradients of its own see the inputs of linear layers."""
-
-    def over_ranks(name: str) -> SumRanks | None:
-        if tensor is None or split_of_module(name) is not Split.ROWWISE:
-            return None
-        return lambda partial: collectives.sum_over_ranks(partial, tensor.group)
-
-    if isinstance(optimizer.rule, MixedRule):
-        optimizer.rule.watch(model, config.train.batch_tokens, over_ranks)
 
 
 def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None) -> Engine:

@@ -199,15 +199,24 @@ def mesh_wholes(
         held: what this rank has of each parameter, by name in the unsharded model.
         layout: by name, the whole shape and the dimension that tensor parallelism cuts.
     """
+    inside = [dimension for dimension in DIMENSIONS if dimension != "pp"]
     places = [
-        dict(zip(DIMENSIONS, place, strict=True))
-        for place in product(*(range(getattr(mesh.sizes, dimension)) for dimension in DIMENSIONS))
+        dict(zip(inside, place, strict=True))
+        for place in product(*(range(getattr(mesh.sizes, dimension)) for dimension in inside))
     ]
     spreads = {}
     for name, parameter in held.items():
         if kind_of(name, parameter.ndim) == "matrices":
             (rows, columns), divided = layout(name)
             spreads[parameter] = spread_of((rows, columns), divided, places, mesh.sizes)
-    group = dist.group.WORLD
-    assert group is not None
-    return MeshWholes(group, spreads, [place["dp_replicate"] for place in places], mesh.device)
+    return MeshWholes(stage_group(mesh), spreads, [place["dp_replicate"] for place in places], mesh.device)
+
+
+def stage_group(mesh: Mesh) -> ProcessGroup:
+    """The ranks of this one's stage of the pipeline. Called by all ranks of the run."""
+    if mesh.sizes.pp > 1:
+        assert mesh.device_mesh is not None
+        groups = [dist.new_group(stage.flatten().tolist()) for stage in mesh.device_mesh.mesh]
+        return groups[mesh.coordinate("pp")]
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD

@@ -9,12 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hope_train.config.mesh import MeshSizes
 from hope_train.config.train import OptimizerConfig
-from hope_train.errors import UserError
 from hope_train.optim.mixed import MixedRule
-from hope_train.parallel.engine import check_supported
-from hope_train.parallel.mesh import Mesh
 from tests.parallel import cases
 
 RATE = 0.05
@@ -150,10 +146,3 @@ def test_it_trains_with_what_changes_the_forward_pass(options: dict[str, Any]) -
     for mine, theirs in zip(found["reports"], plain["reports"], strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=exact)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2 * exact)
-
-
-def test_whole_model_compilation_is_refused() -> None:
-    config = cases.make_config("hope", optimizer={"name": "dgd"})
-    config = config.model_copy(update={"train": config.train.model_copy(update={"compile": "model"})})
-    with pytest.raises(UserError, match=r"optimizer.name=dgd .* train.compile=memory"):
-        check_supported(config, Mesh(MeshSizes(), torch.device("cpu")))

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from hope_train.config.mesh import MeshSizes
+from hope_train.errors import UserError
+from hope_train.parallel.engine import check_supported
+from hope_train.parallel.mesh import Mesh
 from tests.parallel import cases
 from tests.parallel.harness import Gang
 
@@ -27,6 +31,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
     "tp2-sp-dp2": (4, {"tp": 2}),
     "tp4": (4, {"tp": 4, "sequence_parallel": False}),
+    "fsdp2": (2, {"dp_shard": 2}),
+    "fsdp4": (4, {"dp_shard": 4, "keep_gathered": "never"}),
+    "hsdp": (4, {"dp_shard": 2}),
+    "tp2-fsdp2": (4, {"tp": 2, "dp_shard": 2}),
 }
 
 
@@ -62,6 +70,9 @@ def check(gang: Gang, arch: str, rule: str, layout: str) -> None:
         ("transformer_pp", "deep_momentum", "tp2"),
         ("hope_attention", "delta_momentum", "dp2"),
         ("hope_attention", "muon", "tp4"),
+        ("hope_attention", "dgd", "tp2-fsdp2"),
+        ("hope_attention", "m3", "hsdp"),
+        ("hope_attention", "deep_momentum", "fsdp4"),
     ],
 )
 def test_ten_steps_are_those_of_one_process(gang: Gang, arch: str, rule: str, layout: str) -> None:
@@ -81,7 +92,7 @@ def test_states_of_any_layout_are_read_by_any_other(gang: Gang, tmp_path: Path, 
     # Step 5 is in mid-period of two levels and of the slow momentum.
     options = {"arch": "hope_attention", "optimizer": OPTIONS[rule]}
     written = gang.run(cases.save, 4, folder=str(tmp_path), steps=5, tp=2, **options)[0]
-    for ranks, layout in ((1, {}), (2, {"tp": 2}), (4, {"tp": 4}), (2, {})):
+    for ranks, layout in ((1, {}), (2, {"tp": 2}), (4, {"tp": 4}), (2, {}), (4, {"tp": 2, "dp_shard": 2})):
         for read in gang.run(cases.load, ranks, folder=str(tmp_path), **options, **layout):
             read.pop("own")
             assert read.keys() == written.keys()
@@ -89,10 +100,28 @@ def test_states_of_any_layout_are_read_by_any_other(gang: Gang, tmp_path: Path, 
                 assert torch.equal(read[name], tensor), (name, ranks, layout)
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "dp2", "tp2-sp-dp2"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "dp2", "tp2-sp-dp2", "hsdp"])
 def test_no_matrix_is_worked_on_twice(gang: Gang, layout: str) -> None:
     ranks, options = LAYOUTS[layout]
     found = gang.run(cases.worked_on, ranks, arch="hope_attention", optimizer={"name": "muon"}, **options)
     assert sum(count for count, _ in found) == found[0][1]
     # Equal shares, but for the sizes of the matrices.
     assert max(count for count, _ in found) <= 2 * min(count for count, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("dgd", {"train": {"compile": "model"}}, "train.compile=memory"),
+        ("dgd", {"parallel": {"pp": 2, "schedule": "zbv"}}, "parallel.schedule=zbv"),
+        ("m3", {"parallel": {"dp_shard": 2}, "optimizer": {"rest_from_period": 2}}, "optimizer.rest_from_period=null"),
+    ],
+    ids=str,
+)
+def test_what_leaves_no_room_for_a_rule_is_refused(name: str, changes: dict[str, dict[str, Any]], said: str) -> None:
+    config = cases.make_config("hope", optimizer={"name": name})
+    for section, fields in changes.items():
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update=fields)})
+    sizes = MeshSizes(pp=config.parallel.pp, dp_shard=config.parallel.dp_shard)
+    with pytest.raises(UserError, match=f"optimizer.name={name} .* {said}"):
+        check_supported(config, Mesh(sizes, torch.device("cpu")))
