@@ -40,7 +40,7 @@ def train_tokenizer_command(
         raise UserError("no text to train on: name files, folders, hub:owner/name or builtin:python-docs")
     path = model_path(out)
     if path.exists() and not overwrite:
-        raise UserError(f"tokenizer {path} exists already: remove it or choose another name")
+        raise UserError(f"tokenizer {path} exists already: say --overwrite to replace it, or choose another name")
     sources = [parse_source(text, text_field) for text in inputs]
     fingerprint_sources(sources)  # Paths that are missing are named before any work.
     # A sample is drawn from a data set of any size without keeping it, so the hub's need not be downloaded whole.

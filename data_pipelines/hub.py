@@ -96,7 +96,9 @@ def load_hub(name: str, *, split: str, revision: str | None, streaming: bool, ti
 
 def describe_missing_hub(name: str, timeout: float, more: str) -> str:
     """One line for a hub that does not answer."""
-    why = "is switched off by the environment" if _switched_off() else f"gave no answer in {timeout:g} s"
+    why = (
+        "is switched off by the environment" if _switched_off() else f"gave no answer (asked for {timeout:g} s at most)"
+    )
     return (
         f"hub data set {name}: {hub_address()} {why} and {more}; "
         "name a local folder with data.sources.N.path, or set HF_ENDPOINT"

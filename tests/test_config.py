@@ -151,7 +151,7 @@ class TestRefusals:
         [
             ("", ["no `model` section"]),
             ("[1, 2]", ["mapping", "list"]),
-            ("a: [1\n", ["not valid YAML"]),
+            ("a: [1\n", ["not valid YAML: while parsing a flow sequence line 1, column 4"]),
             (MODEL + "name: a\nname: b\n", ["`name` is there twice", "line 3"]),
             (MODEL + "train: {tokens: 1, tokens: 2}\n", ["`tokens` is there twice"]),
             (MODEL + "1: 2\n", ["`1`"]),

@@ -260,9 +260,10 @@ def check_same_run(folder: Path, manifest: Manifest, config: RunConfig, tokenize
         return
     keys = rundir.differences(manifest.config.get("model"), config.model.model_dump(mode="json"), "model.")
     if keys:
+        others = ", ".join(list(keys)[:3])
         raise UserError(
-            f"checkpoint {folder} is of another model: {', '.join(list(keys)[:3])} differ from this configuration; use "
-            "that model, or say --force-config to load it all the same"
+            f"checkpoint {folder} is of another model: not as in this configuration is {others}; use that "
+            "model, or say --force-config to load it all the same"
         )
     if manifest.tokenizer != tokenizer:
         raise UserError(

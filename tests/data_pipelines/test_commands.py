@@ -53,7 +53,7 @@ def test_a_tokenizer_is_trained_from_builtin_text(tmp_path: Path, capsys: pytest
 def test_an_existing_tokenizer_stays(texts: list[str], tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:
     corpus = str(write_jsonl(tmp_path / "a.jsonl", texts))
     (tmp_path / "t.model").write_bytes(b"precious")
-    with pytest.raises(UserError, match=r"t\.model exists already"):
+    with pytest.raises(UserError, match=r"t\.model exists already: say --overwrite"):
         train_tokenizer_command([corpus], str(tmp_path / "t"), 320)
     assert (tmp_path / "t.model").read_bytes() == b"precious"
     train_tokenizer_command([corpus], str(tmp_path / "t"), 320, overwrite=True, as_json=True)

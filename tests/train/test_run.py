@@ -195,7 +195,9 @@ class TestResume:
     def test_a_checkpoint_of_another_model(self, tiny: Tiny) -> None:
         assert tiny.train("a", "train.tokens=128") == 0
         path = str(tiny.checkpoint("a", 1))
-        assert "is of another model: model.d_model differ" in refused(tiny, "b", "model.d_model=64", resume=path)
+        assert "is of another model: not as in this configuration is model.d_model;" in refused(
+            tiny, "b", "model.d_model=64", resume=path
+        )
         message = refused(tiny, "b", "model.d_model=64", resume=path, force=True)
         assert "embed.weight has shape [300, 32] there and [300, 64] here" in message
         assert "is of another model" in refused(tiny, "b", *tiny.model("transformer_pp"), resume=path)
