@@ -36,7 +36,7 @@ from hope_train.evaluate.run_files import checkpoint_tokenizer, pick_device
 from hope_train.evaluate.scoring import Scorer, row_sums
 from hope_train.evaluate.sources import read_wikitext
 from hope_train.evaluate.wikitext import join_pages
-from hope_train.memory.activity import MOST_HELD, TRAINED_BAND, outside_band
+from hope_train.memory.activity import MOST_HELD, TRAINED_BAND, TRAINED_MOST, outside_band
 from hope_train.model.activity import observe_model, without_writes
 from hope_train.model.hope import HopeModel
 from hope_train.model.loss import IGNORED
@@ -226,9 +226,8 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(found, ensure_ascii=False))
     else:
         title = f"Worth of the memory: {count} windows of {config.train.context_length:,} tokens"
-        band = (
-            f"the band of trained models ({TRAINED_BAND[0]} to {TRAINED_BAND[1]}, clamped {100 * MOST_HELD}% at most)"
-        )
+        low, high = TRAINED_BAND
+        band = f"the band of trained models ({low} to {high}, {TRAINED_MOST} somewhere, {100 * MOST_HELD}% clamped at most)"
         print_tables(f"{label} by {chosen.run}, step {manifest.step:,}", rows, title, loss, worth)
         print(*([f"outside {band}:", *wrong] if (wrong := outside_band(rows)) else [f"all inside {band}"]), sep="\n")
     return 0

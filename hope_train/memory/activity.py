@@ -24,9 +24,12 @@ from hope_train.memory.rules import MEMORY_BOXES, SCALAR_BOXES, Boxes, Init, gen
 FRESH_BAND = (0.05, 0.5)
 """|W - W_init| / |W_init|, the mean over a run, in which boxes k, v and mem of an untrained model stay."""
 
-TRAINED_BAND = (0.01, 0.5)
-"""The same for a trained one. Training shortens retention, so it moves less; a memory that keeps nothing but its last
-write still stands sqrt(5/4) eta |W_init|^-1 from its start (linear, |W_init| = sqrt(N) / 2): 0.03 at eta 0.1, N 64."""
+TRAINED_BAND = (0.001, 0.5)
+"""The same for every layer of a trained model. Training shortens retention and may teach a layer to write little (eta
+0.02): with alpha = 0 a memory keeps only its last write, sqrt(5/4) eta / |W_init| (linear, |W_init| = sqrt(N) / 2)."""
+
+TRAINED_MOST = 0.02
+"""What the mem box of a trained model's liveliest layer moves by at least."""
 
 MOST_HELD = 0.005
 """The share of (chunk, sequence, head, matrix) that the clamp may hold, in either."""
@@ -101,20 +104,24 @@ class Activity:
         }
 
 
-def outside_band(rows: Sequence[Mapping[str, Any]], band: tuple[float, float] = TRAINED_BAND) -> list[str]:
-    """What is wrong with rows of `Activity.rows` (with their `layer`): one line per box k, v or mem that is not in
-    `band`, and per box that the clamp holds more often than `MOST_HELD`. Rows without a finished chunk say nothing."""
-    lines = []
+def outside_band(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with a trained model by rows of `Activity.rows` (with their `layer`): a line for each box k, v or
+    mem outside `TRAINED_BAND`, for each box that the clamp holds more often than `MOST_HELD`, and one where no layer's
+    mem moves by `TRAINED_MOST`. Rows without a finished chunk say nothing."""
+    low, high = TRAINED_BAND
+    lines: list[str] = []
+    rows = [row for row in rows if row["deviation"] is not None]
     for row in rows:
-        if row["deviation"] is None:
-            continue
         place = f"layer {row['layer']}, {row['box']}"
-        if row["box"] in ("k", "v", "mem") and not band[0] <= row["deviation"] <= band[1]:
-            lines.append(f"{place}: moved by {row['deviation']:.4f}, outside {band[0]} to {band[1]}")
+        if row["box"] in ("k", "v", "mem") and not low <= row["deviation"] <= high:
+            lines.append(f"{place}: moved by {row['deviation']:.4f}, outside {low} to {high}")
         if row["held"] > MOST_HELD:
             lines.append(
                 f"{place}: held by the clamp in {100 * row['held']:.2f}% of cases, more than {100 * MOST_HELD}%"
             )
+    most = max((row["deviation"] for row in rows if row["box"] == "mem"), default=TRAINED_MOST)
+    if most < TRAINED_MOST:
+        lines.append(f"mem: moved by {most:.4f} at most, in no layer by {TRAINED_MOST}")
     return lines
 
 

@@ -161,7 +161,9 @@ def test_a_trained_model_needs_its_writes() -> None:
         assert {row["layer"] for row in rows_of} == {0, 1}
         assert outside_band(rows_of) == []
         assert max(row["deviation_max"] for row in rows_of) <= 3.0
-        assert len(outside_band(activity_rows(without_writes(model), held_out[0]))) == 6  # k, v, mem of two layers
+        assert (
+            len(outside_band(activity_rows(without_writes(model), held_out[0]))) == 7
+        )  # k, v, mem of two layers, and in all
     results = [worth_of_writes(model, held_out, horizons=[8]) for model in models]
     spread = statistics.stdev(loss for loss, _ in results)
     counts = np.bincount(text[:cut], minlength=256) + 1
@@ -175,8 +177,13 @@ def test_a_trained_model_needs_its_writes() -> None:
 
 def test_what_is_outside_the_band() -> None:
     row = {"layer": 1, "box": "mem", "deviation": 0.2, "held": 0.0}
-    assert outside_band([row, row | {"deviation": None, "held": None}, row | {"box": "eta", "deviation": 0.001}]) == []
-    wrong = outside_band([row | {"deviation": 0.009}, row | {"deviation": 0.6}, row | {"held": 0.01}])
+    fine = [row, row | {"deviation": None, "held": None}, row | {"box": "eta", "deviation": 0.0001}]
+    assert outside_band([*fine, row | {"layer": 0, "deviation": 0.002}]) == []
+    assert outside_band([]) == []
+    wrong = outside_band([*fine, row | {"deviation": 0.0009}, row | {"deviation": 0.6}, row | {"held": 0.01}])
     assert [line.partition(":")[0] for line in wrong] == ["layer 1, mem"] * 3
-    assert "0.0090, outside 0.01 to 0.5" in wrong[0]
+    assert "0.0009, outside 0.001 to 0.5" in wrong[0]
     assert "1.00% of cases, more than 0.5%" in wrong[2]
+    assert outside_band([row | {"deviation": 0.01}, row | {"box": "k"}]) == [
+        "mem: moved by 0.0100 at most, in no layer by 0.02"
+    ]
