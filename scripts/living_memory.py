@@ -227,7 +227,8 @@ def main(arguments: Sequence[str]) -> int:
     else:
         title = f"Worth of the memory: {count} windows of {config.train.context_length:,} tokens"
         low, high = TRAINED_BAND
-        band = f"the band of trained models ({low} to {high}, {TRAINED_MOST} somewhere, {100 * MOST_HELD}% clamped at most)"
+        limits = f"{low} to {high}, {TRAINED_MOST} somewhere, {100 * MOST_HELD}% clamped at most"
+        band = f"the band of trained models ({limits})"
         print_tables(f"{label} by {chosen.run}, step {manifest.step:,}", rows, title, loss, worth)
         print(*([f"outside {band}:", *wrong] if (wrong := outside_band(rows)) else [f"all inside {band}"]), sep="\n")
     return 0
