@@ -52,7 +52,7 @@ TIMEOUT = 480.0
 
 
 def run_config(parallel: dict[str, Any]) -> Any:
-    """A Hope of 8M parameters, four sequences of 512 tokens in two micro-batches, periods 1/4/16/64."""
+    """A Hope of 5.5M parameters, four sequences of 512 tokens in two micro-batches, periods 1/4/16/64."""
     from hope_train.config.load import validate
     from hope_train.config.tree import RunConfig
 
