@@ -39,6 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "adamw-fused": ("optimizer.fused=true",),
     "sgd": ("optimizer.name=sgd",),
     "muon": ("optimizer.name=muon",),
+    "muon-bf16": ("optimizer.name=muon", "optimizer.newton_schulz.dtype=bf16"),
     "m3": ("optimizer.name=m3", f"optimizer.m3.slow_period={STEPS}"),
     "delta_momentum": ("optimizer.name=delta_momentum",),
     "delta_momentum-linear": ("optimizer.name=delta_momentum", "optimizer.delta_momentum.output=linear"),
@@ -137,7 +138,7 @@ def measure_backward(watched: bool, device: str, repeat: int) -> Row:
 def ratios(rows: Sequence[Row]) -> Row:
     """Of this run."""
     spent = {row["row"]: row["ms_per_step"] for row in rows}
-    pairs = [("m3", "muon"), ("muon", "torch-muon"), ("backward-dgd", "backward")]
+    pairs = [("m3", "muon"), ("muon-bf16", "torch-muon"), ("backward-dgd", "backward")]
     pairs += [(name, "adamw-fused") for name in RULES if name != "adamw-fused"]
     return {f"{a} / {b}": round(spent[a] / spent[b], 3) for a, b in pairs if a in spent and b in spent}
 

@@ -30,7 +30,7 @@ class DeepMomentum(MatrixOptimizer):
     that no rate diverges. W1 starts at zero and keeps alpha at each step; W2 starts at random (the same for all
     matrices of one shape) and does not decay.
 
-    Cost per update of a matrix: 16 O I h floating-point operations besides Newton-Schulz; state: 2 h I numbers, whole
+    Cost per update of a matrix: 14 O I h floating-point operations besides Newton-Schulz; state: 2 h I numbers, whole
     on every rank.
     """
 

@@ -80,9 +80,14 @@ def test_ten_steps_are_those_of_one_process(gang: Gang, arch: str, rule: str, la
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("arch", "layout"),
+    [
+        *(("hope_attention", layout) for layout in LAYOUTS),
+        *(("hope", layout) for layout in ("tp2-sp-dp2", "hsdp", "tp2-fsdp2")),
+    ],
+)
 @pytest.mark.parametrize("rule", OPTIONS)
-@pytest.mark.parametrize("arch", ["hope", "hope_attention"])
 def test_every_layout_trains_as_one_process(gang: Gang, arch: str, rule: str, layout: str) -> None:
     check(gang, arch, rule, layout)
 
