@@ -46,4 +46,4 @@ class Muon(MatrixOptimizer):
         dtype = working_type(config, parameters[0]) if parameters else None
         for done in self.wholes.each(jobs, orthogonalise, dtype=dtype):
             parameter = done.job.parameter
-            yield parameter, done.parts[0] * scale_of(self.config, self.wholes.shape(parameter))
+            yield parameter, done.parts[0].to(parameter.dtype) * scale_of(self.config, self.wholes.shape(parameter))

@@ -204,7 +204,8 @@ def test_muon_is_torchs(shape: tuple[int, int], nesterov: bool) -> None:
         built.step()
         plain.step()
     assert (mine - start).abs().max() > 0.05
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-3)
+    # Seen: 3e-8. One rounding of bf16 in an iteration would be 1e-4.
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-4)
 
 
 def test_newton_schulz_of_many_is_that_of_each() -> None:
