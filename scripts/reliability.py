@@ -177,15 +177,18 @@ class Bench:
         """`hope …` from this folder."""
         environment = {key: text for key, text in os.environ.items() if key != "HOPE_WIKITEXT"}
         environment |= {"PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(self.folder / "state"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "hope_train.cli", *arguments],
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=WAIT_S,
-            check=False,
-            env=environment,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "hope_train.cli", *arguments],
+                cwd=self.folder,
+                capture_output=True,
+                text=True,
+                timeout=4 * WAIT_S,
+                check=False,
+                env=environment,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise Failed(str(error)) from None
         if check and done.returncode != 0:
             raise Failed(f"hope {' '.join(arguments)}: {done.stderr}{done.stdout}")
         return done
