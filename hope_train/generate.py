@@ -85,7 +85,7 @@ def _generate(
 @torch.no_grad()
 def _read(model: HopeModel, tokens: list[int], state: ModelState, around: Around) -> tuple[Tensor, ModelState]:
     """The logits after `tokens` [V], on the CPU in fp32 at least, and the state there."""
-    tokens_1T = torch.tensor([tokens], device=model.embed.weight.device)
+    tokens_1T = torch.tensor([tokens], device=next(model.parameters()).device)
     logits_1TV: Tensor | None = None
     with around():
         for first in range(0, tokens_1T.shape[1], _PREFILL):
@@ -228,8 +228,6 @@ def _speak(
 
 def check_decodes(sizes: MeshSizes) -> None:
     """Raises UserError for a mesh on which no model can read a text token by token."""
-    if sizes.pp > 1:
-        raise UserError(f"parallel.pp={sizes.pp}: hope generate does not decode through a pipeline; set parallel.pp=1")
     if sizes.dp_shard > 1:
         raise UserError(
             f"parallel.dp_shard={sizes.dp_shard}: hope generate does not decode with sharded parameters; set "

@@ -33,7 +33,7 @@ from hope_train.checkpoint.store import load_model
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.evaluate.run_files import checkpoint_tokenizer, pick_device
-from hope_train.evaluate.scoring import Scorer, row_sums
+from hope_train.evaluate.scoring import Scorer
 from hope_train.evaluate.sources import read_wikitext
 from hope_train.evaluate.wikitext import join_pages
 from hope_train.memory.activity import MOST_HELD, TRAINED_BAND, TRAINED_MOST, outside_band
@@ -73,8 +73,7 @@ def window_losses(
             if horizon is not None:
                 resets_T = torch.arange(tokens_BT.shape[1], device=device) % horizon == 0
                 starts_BT = resets_T.expand(tokens_BT.shape) if starts_BT is None else starts_BT | resets_T
-            x_BTD = model.hidden(tokens_BT, starts_BT)
-            sums_B = row_sums(x_BTD, model.head_weight_VD, targets_BT, scorer.chunk)
+            sums_B = model.row_nll(tokens_BT, targets_BT, starts_BT, scorer.chunk)
             losses += (sums_B / (targets_BT != IGNORED).sum(1)).tolist()
     return np.array(losses)
 

@@ -19,6 +19,7 @@ from hope_train.evaluate.scoring import Shares
 from hope_train.model.hope import HopeModel
 from hope_train.parallel.engine import Engine, build_spread_model, shares_of
 from hope_train.parallel.mesh import Mesh, join, open_mesh, world_size
+from hope_train.parallel.stages import names_elsewhere
 from hope_train.parallel.team import Team
 
 
@@ -78,7 +79,7 @@ def load_on_mesh(
     state = by_set(spread.held())
     if spread.layouts is not None:
         state = {name: spread.layouts.wrap(part) for name, part in state.items()}
-    load_state(folder, manifest, state, mesh.team.group)
+    load_state(folder, manifest, state, mesh.team.group, elsewhere=names_elsewhere(spread.model))
     if spread.sharded is not None:
         spread.sharded.changed(spread.sharded.periods)
-    return Spread(mesh, spread.model.eval(), config, manifest, shares_of(mesh))
+    return Spread(mesh, spread.model.eval(), config, manifest, shares_of(mesh, spread.model))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hope_train.checkpoint.collected import ACCUMULATOR, Apart, load_stacked
 from hope_train.checkpoint.manifest import (
@@ -37,6 +38,7 @@ from hope_train.errors import UserError
 from hope_train.model.hope import HopeModel, build_model
 from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.rows import Rows
+from hope_train.parallel.team import Team
 
 ALONE = Rows(Mesh(MeshSizes(), torch.device("cpu")))
 """One process, which reads every row."""
@@ -84,10 +86,11 @@ def find_checkpoint(path: str | Path, tell: Tell = lambda line: None) -> tuple[P
     return found
 
 
-def check_state(folder: Path, manifest: Manifest, state: State) -> None:
+def check_state(folder: Path, manifest: Manifest, state: State, elsewhere: Collection[str] = ()) -> None:
     """Refuse a checkpoint of another model, before anything changes.
 
-    `state` may hold the model alone; the optimizer's entries of the checkpoint are then not asked for.
+    `state` may hold the model alone; the optimizer's entries of the checkpoint are then not asked for. `elsewhere`:
+    parameters of this model that other ranks hold.
 
     Raises UserError naming the first entry that differs, with both shapes.
     """
@@ -116,16 +119,30 @@ def check_state(folder: Path, manifest: Manifest, state: State) -> None:
             if dtype != tensor.dtype:
                 raise UserError(f"{where}: {name} is {_type(dtype)} there and {_type(tensor.dtype)} here")
         for name in saved:
-            if name not in tensors and not name.startswith(OPTIMIZER):
+            if name not in tensors and name not in elsewhere and not name.startswith(OPTIMIZER):
                 raise UserError(f"{where}: this model has no {name}")
 
 
-def load_state(folder: Path, manifest: Manifest, state: State, group: Any = None, apart: Apart | None = None) -> None:
-    """Read a verified checkpoint into the live tensors of `state`, in place. Raises what `check_state` raises.
+def load_state(
+    folder: Path,
+    manifest: Manifest,
+    state: State,
+    group: Any = None,
+    apart: Apart | None = None,
+    elsewhere: Collection[str] = (),
+) -> None:
+    """Read a verified checkpoint into the live tensors of `state`, in place.
 
-    apart: for a checkpoint with stacked accumulators, where each rank's own go; None: `state` is one process's.
+    Args:
+        group: all ranks that read it.
+        apart: for a checkpoint with stacked accumulators, where each rank's own go; None: `state` is one process's.
+        elsewhere: parameters of this model that other ranks hold.
+
+    Raises:
+        UserError: on every rank, what `check_state` raises on one.
     """
-    check_state(folder, manifest, state)
+    team = Team() if group is None else Team(dist.get_rank(group), dist.get_world_size(group), group)
+    team.together(lambda: check_state(folder, manifest, state, elsewhere))
     for set_name, tensors in state.items():
         place, wanted = manifest.set_folder(folder, set_name), tensors
         parts = split_accumulators({set_name: tensors})

@@ -43,7 +43,14 @@ def resolve_mesh(config: RunConfig, world: int, training: bool = True) -> MeshSi
     _check_pipeline(config, sizes.pp)
     if training:
         _check_batch(config, sizes)
+        _check_micro_batches(config, sizes)
     return sizes
+
+
+def micro_batches(config: RunConfig, sizes: MeshSizes) -> int:
+    """Micro-batches that every data-parallel rank runs in a step."""
+    train = config.train
+    return train.batch_tokens // (sizes.dp * train.micro_batch_size * train.context_length)
 
 
 def parts_per_rank(config: RunConfig) -> int:
@@ -133,6 +140,23 @@ def _check_batch(config: RunConfig, sizes: MeshSizes) -> None:
             f"train.batch_tokens={train.batch_tokens} is {rows} sequences, which {sizes.dp} data-parallel ranks cannot "
             f"share in micro-batches of train.micro_batch_size={train.micro_batch_size}: make train.batch_tokens a "
             f"multiple of {step * train.context_length}, or change train.micro_batch_size"
+        )
+
+
+def _check_micro_batches(config: RunConfig, sizes: MeshSizes) -> None:
+    schedule, pp, count = config.parallel.schedule, sizes.pp, micro_batches(config, sizes)
+    if pp == 1:
+        return
+    if schedule == "1f1b" and count < pp:
+        raise UserError(
+            f"parallel.schedule=1f1b cannot run {count} micro-batches over parallel.pp={pp} stages: lower "
+            "train.micro_batch_size, raise train.batch_tokens, or set parallel.schedule=gpipe"
+        )
+    rounds = max(1, count // pp)
+    if schedule == "interleaved_1f1b" and count % rounds:
+        raise UserError(
+            f"parallel.schedule=interleaved_1f1b runs {count} micro-batches over parallel.pp={pp} in {rounds} "
+            f"rounds, which do not divide them: make train.batch_tokens give a multiple of {pp} micro-batches"
         )
 
 

@@ -21,7 +21,7 @@ from hope_train.evaluate.protocols import (
     score_tokens,
     word_figures,
 )
-from hope_train.evaluate.scoring import ALL_MINE, Progress, Scorer, Shares, row_sums
+from hope_train.evaluate.scoring import ALL_MINE, Progress, Scorer, Shares
 from hope_train.evaluate.sources import (
     ENVIRONMENT,
     held_out_text,
@@ -247,10 +247,7 @@ def validation_sums(scorer: Scorer, batches: Iterable[Batch]) -> tuple[float, in
                 continue
             tokens_BT, targets_BT = _tensor(batch.tokens, scorer), _tensor(batch.targets, scorer)
             starts_BT = None if batch.starts is None else _tensor(batch.starts, scorer)
-            x_BTD = scorer.model.hidden(tokens_BT, starts_BT)
-            nlls += row_sums(
-                x_BTD, scorer.model.head_weight_VD, targets_BT, scorer.chunk, scorer.model.vocabulary
-            ).tolist()
+            nlls += scorer.model.row_nll(tokens_BT, targets_BT, starts_BT, scorer.chunk).tolist()
             count += int((targets_BT >= 0).sum())
     nll, scored = scorer.shares.join([math.fsum(nlls), float(count)])
     return nll, int(scored)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hope_train.model.hope import HopeModel, ModelState
-from hope_train.model.loss import IGNORED, WHOLE_VOCABULARY, Vocabulary, logits_nll
+from hope_train.model.loss import IGNORED
 
 Progress = Callable[[int, int], None]
 """Called with (tokens scored so far, tokens to score)."""
@@ -98,11 +98,10 @@ class Scorer:
                 done += sum(window.scored for window in batch)
                 if not self._is_mine(place):
                     if self.shares.lockstep and place == len(groups) - 1 and self._is_left_over(len(groups)):
-                        self.model.hidden(self._pad(batch[:1])[0])
+                        self.model.row_nll(*self._pad(batch[:1]), chunk=self.chunk)
                     continue
                 inputs_BT, targets_BT = self._pad(batch)
-                x_BTD = self.model.hidden(inputs_BT)
-                nll_B = row_sums(x_BTD, self.model.head_weight_VD, targets_BT, self.chunk, self.model.vocabulary)
+                nll_B = self.model.row_nll(inputs_BT, targets_BT, chunk=self.chunk)
                 for number, nll in zip(numbers, nll_B.tolist(), strict=True):
                     results[number] = nll
                 if progress is not None:
@@ -138,12 +137,10 @@ class Scorer:
                 state = self.model.initial_state(len(batch))
                 stride = strides[place]
                 for start in range(0, inputs_BT.shape[1], stride):
-                    logits_BTV, state = self.model.step(inputs_BT[:, start : start + stride], state)
                     target_BT = targets_BT[:, start : start + stride]
-                    scored_BT = target_BT != IGNORED
-                    nll_BT = logits_nll(logits_BTV, target_BT.where(scored_BT, 0)).where(scored_BT, 0)
-                    sums_B += nll_BT.double().sum(1)
-                    done += int(scored_BT.sum())
+                    nll_B, state = self.model.step_nll(inputs_BT[:, start : start + stride], target_BT, state)
+                    sums_B += nll_B
+                    done += int((target_BT != IGNORED).sum())
                     if progress is not None:
                         progress(done, total)
                 if self.shares.lockstep:
@@ -176,17 +173,6 @@ class Scorer:
             inputs[row, :read] = window.tokens[:-1]
             targets[row, read - window.scored : read] = window.tokens[len(window.tokens) - window.scored :]
         return torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device)
-
-
-def row_sums(
-    x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, chunk: int, vocabulary: Vocabulary = WHOLE_VOCABULARY
-) -> Tensor:
-    """Sum over each row's scored positions, [B] in float64."""
-    scored_BT = targets_BT != IGNORED
-    nll_M = vocabulary.nll(x_BTD[scored_BT], weight_VD, targets_BT[scored_BT], chunk)
-    nll_BT = torch.zeros(targets_BT.shape, dtype=torch.float64, device=x_BTD.device)
-    nll_BT[scored_BT] = nll_M.double()
-    return nll_BT.sum(1)
 
 
 def _of_like_length(lengths: Sequence[int], order: Sequence[int], most: int) -> Iterator[list[int]]:

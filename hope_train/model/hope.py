@@ -7,7 +7,7 @@ ModuleDict under their global number, so that a pipeline stage can hold some of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from hope_train.config.model import ModelConfig
 from hope_train.model.attention import Attention
 from hope_train.model.cms import CMS
 from hope_train.model.layers import SwiGLU
-from hope_train.model.loss import IGNORED, WHOLE_VOCABULARY
+from hope_train.model.loss import IGNORED, WHOLE_VOCABULARY, row_logits_nll, row_sums
 from hope_train.model.self_modifying import SelfModifyingTitans
 
 
@@ -93,13 +93,17 @@ class HopeModel(nn.Module):
 
     def hidden(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Token numbers [B, T] -> final hidden states [B, T, D], normalised."""
-        x_BTD = self.embed(tokens_BT)
-        for block in self.blocks.values():
+        return self.norm(self.run_blocks(self.blocks, self.embed(tokens_BT), starts_BT))
+
+    def run_blocks(self, names: Iterable[str], x_BTD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+        """The residual stream [B, T, D] through these blocks, one after the other."""
+        for name in names:
+            block = self.blocks[name]
             if self.recompute and self.training and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, starts_BT, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, starts_BT)
-        return self.norm(x_BTD)
+        return x_BTD
 
     def forward(self, tokens_BT: Tensor, starts_BT: Tensor | None = None) -> Tensor:
         """Token numbers [B, T] -> logits [B, T, V]. `starts_BT` (bool) marks first tokens of documents: memory resets
@@ -115,9 +119,21 @@ class HopeModel(nn.Module):
         total = self.vocabulary.sum_nll(x_BTD, self.head_weight_VD, targets_BT, chunk)
         return total, (targets_BT != IGNORED).sum()
 
+    def row_nll(
+        self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None, chunk: int = 1024
+    ) -> Tensor:
+        """Negative log-likelihood (nats) summed over each row's scored targets, [B] in float64; not for training."""
+        return self.hidden_nll(self.hidden(tokens_BT, starts_BT), targets_BT, chunk)
+
+    def hidden_nll(self, x_BTD: Tensor, targets_BT: Tensor, chunk: int) -> Tensor:
+        """`row_nll` of final hidden states."""
+        scored_BT = targets_BT != IGNORED
+        nll_M = self.vocabulary.nll(x_BTD[scored_BT], self.head_weight_VD, targets_BT[scored_BT], chunk)
+        return row_sums(nll_M, scored_BT)
+
     def initial_state(self, batch: int) -> ModelState:
         """The state before the first token."""
-        weight = self.embed.weight
+        weight = next(self.parameters())
         blocks = dict(self.named_blocks())
         return ModelState(
             {name: block.initial_state(batch, weight.device, weight.dtype) for name, block in blocks.items()}
@@ -128,11 +144,24 @@ class HopeModel(nn.Module):
 
         Equal to the full forward over the concatenation, wherever it is split. Hope's state has a constant size.
         """
-        x_BTD = self.embed(tokens_BT)
-        after: dict[str, Any] = {}
-        for name, block in self.named_blocks():
-            x_BTD, after[name] = block.step(x_BTD, state.blocks[name], starts_BT)
+        x_BTD, after = self.step_blocks(self.blocks, self.embed(tokens_BT), state, starts_BT)
         return self.vocabulary.logits(self.norm(x_BTD), self.head_weight_VD), ModelState(after)
+
+    def step_blocks(
+        self, names: Iterable[str], x_BTD: Tensor, state: ModelState, starts_BT: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As `run_blocks`, for the next tokens after `state`; and these blocks' states after them."""
+        after: dict[str, Any] = {}
+        for name in names:
+            block = self.blocks[name]
+            assert isinstance(block, Block)
+            x_BTD, after[name] = block.step(x_BTD, state.blocks[name], starts_BT)
+        return x_BTD, after
+
+    def step_nll(self, tokens_BT: Tensor, targets_BT: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """`row_nll` of the next tokens after `state`, and the state after them."""
+        logits_BTV, state = self.step(tokens_BT, state)
+        return row_logits_nll(logits_BTV, targets_BT), state
 
     def compile_memory(self, budget: float = 1.0) -> None:
         """Run the memories' chunk functions through torch.compile (no effect on attention). See `memory.compiled`."""

@@ -88,6 +88,19 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def row_sums(nll_M: Tensor, scored_BT: Tensor) -> Tensor:
+    """What the scored positions of [B, T] cost, in their order, summed by row: [B] in float64."""
+    nll_BT = torch.zeros(scored_BT.shape, dtype=torch.float64, device=nll_M.device)
+    nll_BT[scored_BT] = nll_M.double()
+    return nll_BT.sum(1)
+
+
+def row_logits_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of the scored positions, summed by row: [B] in float64."""
+    scored_BT = targets_BT != IGNORED
+    return row_sums(logits_nll(logits_BTV, targets_BT.where(scored_BT, 0))[scored_BT], scored_BT)
+
+
 class Vocabulary:
     """What is done with hidden states and the output matrix. Here the matrix is whole; where it is not, a subclass
     that knows the other parts takes this one's place in the model."""

@@ -26,8 +26,8 @@ from hope_train.optim.wholes import Wholes
 from hope_train.parallel.engine import shard
 from hope_train.parallel.mesh import DIMENSIONS, Mesh
 from hope_train.parallel.shards import Unit
+from hope_train.parallel.stages import StageModel
 from hope_train.parallel.tensor import TensorParallel
-from hope_train.plan.stages import part_count, parts_of_rank, stage_layers
 
 Place = tuple[int, int, int, int]
 """Coordinates along `DIMENSIONS`."""
@@ -79,10 +79,10 @@ def fake_group(rank: int, world: int) -> Iterator[None]:
 
 
 def _build(config: RunConfig, sizes: MeshSizes, mesh: DeviceMesh, place: Place) -> Held:
-    model = _whole_model(config)
+    with torch.device("meta"):
+        model: HopeModel = HopeModel(config.model) if sizes.pp == 1 else StageModel(config, place[0])
     if sizes.tp > 1:
         TensorParallel(model, mesh["tp"], config.parallel.sequence_parallel)
-    _keep_stage(model, config, place[0])
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if sizes.dp_shard > 1:
         shard(model, config, Mesh(sizes, torch.device("cpu"), mesh))
@@ -104,7 +104,8 @@ class _NamedWholes(Wholes):
 
 def _state_bytes(config: RunConfig, shapes: dict[str, tuple[int, ...]], numbers: dict[str, int]) -> int:
     """What the rules keep of parameters that have so many numbers on this rank."""
-    whole = {name: tuple(p.shape) for name, p in _whole_model(config).named_parameters()}
+    with torch.device("meta"):
+        whole = {name: tuple(p.shape) for name, p in HopeModel(config.model).named_parameters()}
     owned = {name: torch.empty(count, device="meta") for name, count in numbers.items()}
     rule = make_rule(config.optimizer, _NamedWholes({tensor: whole[name] for name, tensor in owned.items()}))
     total = 0
@@ -112,27 +113,6 @@ def _state_bytes(config: RunConfig, shapes: dict[str, tuple[int, ...]], numbers:
         group = {"rule": rule_of(config.optimizer, kind_of(name, len(shapes[name])))}
         total += sum(entry.nbytes for entry in rule.initial_state(tensor, group).values() if entry.ndim)
     return total
-
-
-def _whole_model(config: RunConfig) -> HopeModel:
-    with torch.device("meta"):
-        return HopeModel(config.model)
-
-
-def _keep_stage(model: HopeModel, config: RunConfig, rank: int) -> None:
-    """Leave the pipeline rank's layers in the model, and embedding, norm and head where they belong."""
-    layers, parts = stage_layers(config), parts_of_rank(rank, config.parallel)
-    first, last = 0 in parts, part_count(config.parallel) - 1 in parts
-    mine = {str(block) for part in parts for block in range(sum(layers[:part]), sum(layers[: part + 1]))}
-    for number in list(model.blocks):
-        if number not in mine:
-            del model.blocks[number]
-    if not first and not (last and config.model.tie_embeddings):
-        del model.embed
-    if not last:
-        del model.norm
-        if model.head is not None:
-            model.head = None
 
 
 def _padded(model: nn.Module, ranks: int) -> Iterator[tuple[str, int]]:

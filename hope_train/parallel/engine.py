@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from data_pipelines.batches import Batch, BatchSource
+from hope_train.config.mesh import micro_batches
 from hope_train.config.train import TrainConfig
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
@@ -27,10 +28,12 @@ from hope_train.parallel.data import DataParallel
 from hope_train.parallel.inputs import check_rule, watch_layers
 from hope_train.parallel.layouts import Layouts, layouts_of
 from hope_train.parallel.mesh import Mesh
-from hope_train.parallel.micro import micro_batches
+from hope_train.parallel.micro import split_rows
+from hope_train.parallel.pipeline import Pipeline
 from hope_train.parallel.ranks import MeshRanks
 from hope_train.parallel.rows import Rows
 from hope_train.parallel.sharded import ShardedData
+from hope_train.parallel.stages import StageModel
 from hope_train.parallel.tensor import TensorParallel
 from hope_train.parallel.wholes import mesh_wholes
 from hope_train.plan.gathering import kept_gathered
@@ -54,6 +57,12 @@ class SpreadModel:
             return self.sharded.weights
         return {canonical_name(name): parameter for name, parameter in self.model.named_parameters()}
 
+    @property
+    def tied(self) -> Tensor | None:
+        """This rank's part of a tied matrix, if another pipeline rank has a copy of it."""
+        elsewhere = isinstance(self.model, StageModel) and self.model.tied_with is not None
+        return self.held()["embed.weight"] if elsewhere else None
+
 
 @dataclass
 class Engine:
@@ -64,6 +73,9 @@ class Engine:
     optimizer: LevelOptimizer
     data: DataParallel | ShardedData | None = None
     """None where one rank trains on the whole batch (or several on the same)."""
+
+    pipeline: Pipeline | None = None
+    """None where every rank has all layers."""
 
     check_collectives: bool = False
 
@@ -98,17 +110,24 @@ class Engine:
         device = self.mesh.device
         if self.data is not None:
             self.data.begin()
-        parts = list(micro_batches(batch, train.micro_batch_size, device))
+        if self.pipeline is not None:
+            sums_M = self.pipeline.forward_backward(batch, scored, self._before_backward)
+            self.finish_backward()
+            return self.all_rows(sums_M.double())
+        parts = list(split_rows(batch, train.micro_batch_size, device))
         sums = []
         for number, (tokens_BT, targets_BT, starts_BT) in enumerate(parts):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16"):
                 nll, _ = self.model.loss(tokens_BT, targets_BT, starts_BT, train.loss_chunk)
-            if self.data is not None:
-                self.data.before_backward(last=number == len(parts) - 1)
+            self._before_backward(last=number == len(parts) - 1)
             (nll / max(scored, 1)).backward()
             sums.append(nll.detach())
         self.finish_backward()
         return self.all_rows(torch.stack(sums).double())
+
+    def _before_backward(self, last: bool) -> None:
+        if self.data is not None:
+            self.data.before_backward(last)
 
     def zero_grad(self) -> None:
         """Drop the gradients of the step."""
@@ -124,6 +143,8 @@ class Engine:
             replicated = [held for name, held in self.spread.held().items() if tensor.is_replicated(name)]
             grads = [self.optimizer.ranks.gradient(held) for held in replicated]
             tensor.finish_backward([grad for grad in grads if grad is not None])
+        if self.pipeline is not None and (tied := self.spread.tied) is not None:
+            self.pipeline.add_tied(tied)
         if isinstance(self.data, DataParallel):
             self.data.finish()
 
@@ -146,7 +167,7 @@ class Engine:
 
     def shares(self) -> Shares:
         """How windows are dealt out to the ranks that hold whole models."""
-        return shares_of(self.mesh)
+        return shares_of(self.mesh, self.model)
 
     # Checkpoints
 
@@ -185,40 +206,54 @@ class DataShares(Shares):
         return found
 
 
-def shares_of(mesh: Mesh) -> Shares:
+class PipelineShares(Shares):
+    """Every rank of a pipeline runs the same windows, and the one with the last part has their scores."""
+
+    def __init__(self, inner: Shares, model: StageModel, device: torch.device) -> None:
+        self.rank, self.ranks, self.lockstep = inner.rank, inner.ranks, inner.lockstep
+        self.inner, self.model, self.device = inner, model, device
+
+    def join(self, values: list[float]) -> list[float]:
+        """Those of the last part's ranks."""
+        total = torch.tensor(self.inner.join(values), dtype=torch.float64, device=self.device)
+        dist.broadcast(total, group=self.model.group, group_src=self.model.last_rank)
+        found: list[float] = total.tolist()
+        return found
+
+
+def shares_of(mesh: Mesh, model: HopeModel) -> Shares:
     """How windows are dealt out over a mesh."""
-    if (group := mesh.data_group()) is None:
-        return Shares()
-    return DataShares(mesh.data_rank, mesh.sizes.dp, group, mesh.device, lockstep=mesh.sizes.dp_shard > 1)
+    shares = Shares()
+    if (group := mesh.data_group()) is not None:
+        shares = DataShares(mesh.data_rank, mesh.sizes.dp, group, mesh.device, lockstep=mesh.sizes.dp_shard > 1)
+    return PipelineShares(shares, model, mesh.device) if isinstance(model, StageModel) else shares
 
 
 def check_supported(config: RunConfig, mesh: Mesh) -> None:
     """Raises UserError for what this engine cannot train."""
     check_rule(config, mesh.sizes)
-    check_sizes(mesh)
-    if config.train.compile == "model" and (mesh.sizes.tp > 1 or mesh.sizes.dp_shard > 1):
+    if config.train.compile == "model" and mesh.sizes.pp * mesh.sizes.tp * mesh.sizes.dp_shard > 1:
         raise UserError(
-            "train.compile=model compiles across the exchanges of tensor parallelism and the gathers of sharding: set "
-            "train.compile=memory or none with parallel.tp or parallel.dp_shard above 1"
+            "train.compile=model compiles across the exchanges of tensor parallelism and the gathers of sharding, and "
+            "is untested in pipelines: set train.compile=memory or none with parallel.tp, pp or dp_shard above 1"
         )
 
 
-def check_sizes(mesh: Mesh) -> None:
-    """Raises UserError for a mesh that this engine cannot put a model on."""
-    if mesh.sizes.pp > 1:
-        raise UserError(f"parallel.pp={mesh.sizes.pp}: pipelines are not built yet; set parallel.pp=1 and use tp or dp")
-
-
 def build_spread_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None) -> SpreadModel:
-    """The model with its initial weights. Raises UserError."""
-    check_sizes(mesh)
-    if mesh.device_mesh is None or (mesh.group("tp") is None and mesh.sizes.dp_shard == 1):
+    """The model with its initial weights."""
+    whole = mesh.sizes.pp == mesh.sizes.dp_shard == 1 and mesh.group("tp") is None
+    if mesh.device_mesh is None or whole:
         return SpreadModel(build_model(config.model, config.seed).to(mesh.device, dtype))
     with torch.device("meta"):
-        model = HopeModel(config.model).to(dtype=dtype)
+        if mesh.sizes.pp == 1:
+            model = HopeModel(config.model).to(dtype=dtype)
+        else:
+            model = StageModel(config, mesh.coordinate("pp"), mesh.group("pp")).to(dtype=dtype)
     tensor = sharded = None
     if mesh.group("tp") is not None:
         tensor = TensorParallel(model, mesh.device_mesh["tp"], config.parallel.sequence_parallel)
+        if isinstance(model, StageModel):
+            model.region = tensor.region
     if mesh.sizes.dp_shard > 1:
         sharded = shard(model, config, mesh)
         sharded.materialize(mesh.device)
@@ -276,9 +311,11 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
         for name, parameter in held.items():
             sets[set_name(level_of(name))].append(parameter)
         late = tensor.replicated() if tensor is not None and tensor.region.sequence_parallel else []
-        data = DataParallel(sets, periods, data_group, late)
+        data = DataParallel(sets, periods, data_group, late if spread.tied is None else [*late, spread.tied])
     replicas = {} if tensor is None else {held[name]: tensor.ranks for name in held if tensor.is_replicated(name)}
-    parts = [group for name in ("tp", "dp_shard") if (group := mesh.group(name)) is not None]
+    if spread.tied is not None:
+        replicas[spread.tied] = 2
+    parts = [group for name in ("tp", "dp_shard", "pp") if (group := mesh.group(name)) is not None]
     ranks = MeshRanks(mesh.team, parts, replicas, data, mesh.data_rank, mesh.device)
 
     def layout(name: str) -> tuple[tuple[int, ...], int | None]:
@@ -286,6 +323,10 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
             return tuple(held[name].shape), None
         return spread.layouts.shapes[name], spread.layouts.tensor_dims.get(name)
 
-    optimizer = build_optimizer(held.items(), config, ranks, mesh_wholes(held, mesh, layout))
+    wholes = None if mesh.sizes.world == mesh.sizes.pp else mesh_wholes(held, mesh, layout)
+    optimizer = build_optimizer(held.items(), config, ranks, wholes)
     watch_layers(optimizer, spread.model, config, tensor)
-    return Engine(mesh, spread, optimizer, data, config.parallel.check_collectives)
+    pipeline = None
+    if isinstance(spread.model, StageModel):
+        pipeline = Pipeline(config, spread.model, micro_batches(config, mesh.sizes))
+    return Engine(mesh, spread, optimizer, data, pipeline, config.parallel.check_collectives)

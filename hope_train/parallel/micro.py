@@ -1,4 +1,4 @@
-"""The rows of a step, cut into micro-batches."""
+"""The rows of a step as tensors, whole or cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from torch import Tensor
 
 from data_pipelines.batches import Batch
 
-MicroBatch = tuple[Tensor, Tensor, Tensor | None]
+Rows = tuple[Tensor, Tensor, Tensor | None]
 """(tokens, targets, starts or None), each [rows, T]."""
 
 
-def micro_batches(batch: Batch, rows_each: int, device: torch.device) -> Iterator[MicroBatch]:
-    """Parts of `rows_each` rows, in order, on `device`."""
+def on_device(batch: Batch, device: torch.device, rows: slice = slice(None)) -> Rows:
+    """Some rows of a batch."""
+    return (
+        torch.from_numpy(batch.tokens[rows]).to(device),
+        torch.from_numpy(batch.targets[rows]).to(device),
+        None if batch.starts is None else torch.from_numpy(batch.starts[rows]).to(device),
+    )
+
+
+def split_rows(batch: Batch, rows_each: int, device: torch.device) -> Iterator[Rows]:
+    """Micro-batches of `rows_each` rows, in order."""
     for first in range(0, len(batch.tokens), rows_each):
-        part = slice(first, first + rows_each)
-        starts_BT = None if batch.starts is None else torch.from_numpy(batch.starts[part]).to(device)
-        yield (
-            torch.from_numpy(batch.tokens[part]).to(device),
-            torch.from_numpy(batch.targets[part]).to(device),
-            starts_BT,
-        )
+        yield on_device(batch, device, slice(first, first + rows_each))

@@ -31,9 +31,11 @@ from hope_train.model.hope import HopeModel
 from hope_train.parallel import collectives
 from hope_train.parallel.data import Traffic, check_traffic, sum_tensors, width
 from hope_train.parallel.shards import Pending, Unit, cut, finish_sums
+from hope_train.parallel.stages import StageModel
 
 ENTRIES = ("hidden", "step", "initial_state")
-"""Methods of the model, besides `forward`, that the trainer and the evaluation enter by."""
+"""Methods of the model, besides `forward`, that the trainer and the evaluation enter by. In a pipeline they are
+`StageModel.ENTRIES`."""
 
 
 @dataclass(eq=False)
@@ -119,7 +121,7 @@ class ShardedData:
             for entry in ("step", "initial_state"):
                 register_fsdp_forward_method(block, entry)
         self._unit(self.model, mesh, ignored, set_name(None))
-        for entry in ENTRIES:
+        for entry in StageModel.ENTRIES if isinstance(self.model, StageModel) else ENTRIES:
             register_fsdp_forward_method(self.model, entry)
 
     def _unit(self, module: nn.Module, mesh: DeviceMesh, ignored: set[nn.Parameter], name: str) -> None:

@@ -54,6 +54,10 @@ class Region:
         """A forward over sequences of this length begins."""
         self.divided = self.sequence_parallel and tokens % self.ranks == 0
 
+    def length(self, tokens: int) -> int:
+        """Tokens of such sequences on this rank."""
+        return tokens // self.ranks if self.divided else tokens
+
     def enter(self, x: Tensor) -> Tensor:
         """From the residual stream into split modules, which need every token."""
         return (collectives.gather_tokens if self.divided else collectives.copy_to_ranks)(x, self.group)
@@ -112,7 +116,8 @@ class TensorParallel:
             owner, _, leaf = name.rpartition(".")
             own = nn.Parameter(local, requires_grad=parameter.requires_grad)
             setattr(self.model.get_submodule(owner), leaf, own)
-        self.model.embed = VocabularyEmbedding(self.region, self.vocabulary, self.model.embed.weight)
+        if hasattr(self.model, "embed"):  # not in the middle of a pipeline
+            self.model.embed = VocabularyEmbedding(self.region, self.vocabulary, self.model.embed.weight)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of the whole parameter `name`, as a view."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hope_train.config.mesh import MeshSizes, resolve_mesh
+from hope_train.config.mesh import MeshSizes, micro_batches, resolve_mesh
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.levels.schedule import LevelPlan
@@ -22,7 +22,7 @@ from hope_train.plan.footprint import (
 )
 from hope_train.plan.interconnect import Interconnect, find_interconnect
 from hope_train.plan.parameters import counts_by_component, level_counts, parameter_count
-from hope_train.plan.pipeline import Bubble, in_flight, micro_batches, pipeline_bubble
+from hope_train.plan.pipeline import Bubble, in_flight, pipeline_bubble
 from hope_train.plan.sharding import RankShare, rank_shares
 from hope_train.plan.speed import Speed, expected_speed
 from hope_train.plan.stages import part_count, training_costs

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hope_train.config.mesh import MeshSizes
+from hope_train.config.mesh import MeshSizes, micro_batches
 from hope_train.config.model import ModelConfig
 from hope_train.config.parallel import ParallelConfig
 from hope_train.config.tree import RunConfig
@@ -18,7 +18,7 @@ from hope_train.levels.schedule import REST_AT_A_TIME, LevelPlan, level_of
 from hope_train.optim.kinds import KINDS, batch_size, kind_of, rule_of, state_numbers
 from hope_train.plan.devices import GIB, Device
 from hope_train.plan.parameters import memory_state_shapes, parameter_shapes
-from hope_train.plan.pipeline import heads_in_flight, layers_in_flight, micro_batches
+from hope_train.plan.pipeline import heads_in_flight, layers_in_flight
 from hope_train.plan.sharding import RankShare, padded_shard, rank_shares
 from hope_train.plan.stages import part_count
 from hope_train.plan.traffic import kept_levels, set_numbers

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hope_train.config.mesh import MeshSizes
+from hope_train.config.mesh import MeshSizes, micro_batches
 from hope_train.config.tree import RunConfig
-from hope_train.errors import UserError
 from hope_train.plan.sharding import RankShare
+from hope_train.plan.stages import splits_backward
 
 FORMULAS = {
     "gpipe": "(p-1)/m of the ideal time (Huang et al., arXiv 1811.06965)",
@@ -19,6 +19,8 @@ FORMULAS = {
     "interleaved_1f1b": "(p-1)/(v m) of the ideal time (Narayanan et al., arXiv 2104.04473, section 2.2.2)",
     "zbv": "(p-1) max(0, F+B-2W) / (m (F+B+W)) of the ideal time: none when F=B=W (Qi et al., arXiv 2401.10241)",
 }
+
+WHOLE_BACKWARD = "(p-1)/m of the ideal time, as 1f1b: zbv does not defer the gradients of the weights here"
 
 
 @dataclass(frozen=True)
@@ -36,34 +38,16 @@ class Bubble:
         return self.overhead / (1 + self.overhead)
 
 
-def micro_batches(config: RunConfig, mesh: MeshSizes) -> int:
-    """Micro-batches that every data-parallel rank runs in a step."""
-    train = config.train
-    return train.batch_tokens // (mesh.dp * train.micro_batch_size * train.context_length)
-
-
 def pipeline_bubble(config: RunConfig, mesh: MeshSizes) -> Bubble:
-    """The bubble of the configured schedule. Raises UserError for micro-batches that the schedule cannot run."""
+    """The bubble of the configured schedule."""
     parallel, count = config.parallel, micro_batches(config, mesh)
     if mesh.pp == 1:
         return Bubble(0.0, "no pipeline")
-    if parallel.schedule == "1f1b" and count < mesh.pp:
-        raise UserError(
-            f"parallel.schedule=1f1b cannot run {count} micro-batches over parallel.pp={mesh.pp} stages: lower "
-            "train.micro_batch_size, raise train.batch_tokens, or set parallel.schedule=gpipe"
-        )
     overhead = (mesh.pp - 1) / count
     if parallel.schedule == "interleaved_1f1b":
-        rounds = max(1, count // mesh.pp)
-        if count % rounds:
-            raise UserError(
-                f"parallel.schedule=interleaved_1f1b runs {count} micro-batches over parallel.pp={mesh.pp} in {rounds} "
-                f"rounds, which do not divide them: make train.batch_tokens give a multiple of {mesh.pp} micro-batches"
-            )
         overhead /= parallel.stages_per_rank
     if parallel.schedule == "zbv":
-        forward, backward, weights = 1.0, 1.0 + config.train.recompute, 1.0
-        overhead *= max(0.0, forward + backward - 2 * weights) / (forward + backward + weights)
+        return Bubble(0.0, FORMULAS["zbv"]) if splits_backward(config) else Bubble(overhead, WHOLE_BACKWARD)
     return Bubble(overhead, FORMULAS[parallel.schedule])
 
 

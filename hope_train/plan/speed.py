@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hope_train.config.mesh import MeshSizes
+from hope_train.config.mesh import MeshSizes, micro_batches
 from hope_train.config.tree import RunConfig
 from hope_train.plan.devices import Device
 from hope_train.plan.flops import FlopCount
 from hope_train.plan.interconnect import Interconnect
-from hope_train.plan.pipeline import micro_batches, pipeline_bubble
+from hope_train.plan.pipeline import pipeline_bubble
 from hope_train.plan.sharding import RankShare
 from hope_train.plan.traffic import Flow, rank_flows
 

@@ -16,12 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hope_train.config.mesh import MeshSizes
+from hope_train.config.mesh import MeshSizes, micro_batches
 from hope_train.config.tree import RunConfig
 from hope_train.levels.schedule import level_of, set_name
 from hope_train.parallel.plan import split_of_parameter
 from hope_train.plan.gathering import kept_gathered
-from hope_train.plan.pipeline import micro_batches
 from hope_train.plan.sharding import RankShare, padded_shard
 from hope_train.plan.stages import part_count
 

@@ -25,6 +25,7 @@ from hope_train.machine import memory_bytes
 from hope_train.model.hope import HopeModel
 from hope_train.parallel.engine import Engine, build_engine
 from hope_train.parallel.mesh import Mesh
+from hope_train.parallel.stages import names_elsewhere
 from hope_train.plan.parameters import parameter_count
 from hope_train.train import randomness, rundir
 from hope_train.train.display import Display
@@ -295,7 +296,7 @@ def check_same_data(folder: Path, manifest: Manifest, identity: dict[str, Any], 
 
 def build(config: RunConfig, mesh: Mesh) -> Engine:
     """`build_engine`, for sizes a machine can hold. Raises UserError that names what is needed otherwise."""
-    count, there = parameter_count(config.model) // (mesh.sizes.tp * mesh.sizes.dp_shard), memory_bytes()
+    count, there = parameter_count(config.model) // (mesh.sizes.world // mesh.sizes.dp_replicate), memory_bytes()
     # fp32 weights are made in main memory; a run on the CPU adds gradients and two moments of the same size.
     each, what = (16, "weights, gradients and moments") if mesh.device.type == "cpu" else (4, "weights")
     need = f"the model has {count:,} parameters, whose {what} need {each * count / 2**30:,.1f} GiB"
@@ -330,8 +331,10 @@ def load_progress(folder: Path, manifest: Manifest, engine: Engine) -> Progress:
     Raises UserError for another model.
     """
     optimizer = engine.optimizer
-    state = live_state(engine)
-    load_state(folder, manifest, engine.wrap(state), engine.mesh.team.group, Apart(state, engine.rows()))
+    state, elsewhere = live_state(engine), names_elsewhere(engine.model)
+    load_state(
+        folder, manifest, engine.wrap(state), engine.mesh.team.group, Apart(state, engine.rows()), elsewhere=elsewhere
+    )
     optimizer.load_named_state(
         {
             name: {key: tensor for key, tensor in part.items() if key.startswith("optimizer.")}

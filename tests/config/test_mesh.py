@@ -73,6 +73,14 @@ def test_auto_takes_what_the_world_leaves(world: int, parallel: dict[str, Any], 
         (8, {}, {}, {"pp": 8, "schedule": "zbv"}, "cannot fill 16"),
         (2, {}, {}, {"pp": 2, "layers_per_stage": [4, 4, 4]}, "names 3 parts: parallel.pp=2 .* needs 2"),
         (2, {}, {}, {"pp": 2, "layers_per_stage": [4, 4]}, "holds 8 layers, model.n_layers is 12"),
+        (4, {}, {"micro_batch_size": 24}, {"pp": 4}, "1f1b cannot run 2 micro-batches over parallel.pp=4 stages"),
+        (
+            2,
+            {},
+            {"batch_tokens": 64 * 10},
+            {"pp": 2, "schedule": "interleaved_1f1b"},
+            "5 micro-batches over parallel.pp=2 in 2 rounds",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.pipelining._utils import InferenceMode
 
 from data_pipelines.batches import Batch
 from hope_train.checkpoint.fence import Fence
@@ -18,11 +19,16 @@ from hope_train.checkpoint.writer import CheckpointWriter, Facts
 from hope_train.config.load import validate
 from hope_train.config.mesh import MeshSizes
 from hope_train.config.tree import RunConfig
+from hope_train.errors import UserError
+from hope_train.model.hope import build_model
 from hope_train.optim import kinds
 from hope_train.optim.wholes import Job
 from hope_train.parallel.engine import Engine, build_engine
 from hope_train.parallel.mesh import DIMENSIONS, Mesh, open_mesh
+from hope_train.parallel.micro import on_device
 from hope_train.parallel.wholes import MeshWholes, mesh_wholes, spread_of
+from hope_train.plan.sharding import rank_shares
+from hope_train.plan.traffic import rank_flows
 from hope_train.train import randomness
 from hope_train.train.session import load_progress
 from hope_train.train.step import optimizer_step
@@ -46,14 +52,21 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_config(
-    arch: str, tied: bool = False, vocab: int = 67, optimizer: dict[str, Any] | None = None, **parallel: Any
+    arch: str,
+    tied: bool = False,
+    vocab: int = 67,
+    layers: int = 2,
+    micro: int = 2,
+    rows: int = 8,
+    optimizer: dict[str, Any] | None = None,
+    **parallel: Any,
 ) -> RunConfig:
-    """Two layers of four heads, 4 micro-batches of one or more rows of 16 tokens, clipping always active."""
+    """Some layers of four heads, micro-batches of `micro` of `rows` rows of 16 tokens, clipping always active."""
     tree = {
         "seed": 5,
         "model": {
             "d_model": 32,
-            "n_layers": 2,
+            "n_layers": layers,
             "n_heads": 4,
             "vocab_size": vocab,
             "tie_embeddings": tied,
@@ -63,9 +76,9 @@ def make_config(
         "optimizer": {"lr": 0.003, "schedule": {"kind": "cosine", "warmup_tokens": 256}, **(optimizer or {})},
         "train": {
             "context_length": 16,
-            "batch_tokens": 128,
-            "micro_batch_size": 2,
-            "tokens": 128 * STEPS,
+            "batch_tokens": 16 * rows,
+            "micro_batch_size": micro,
+            "tokens": 16 * rows * STEPS,
             "clip_norm": 0.02,
             "loss_chunk": 10,
             "device": "cpu",
@@ -105,11 +118,20 @@ def open_engine(config: RunConfig, dtype: str) -> Engine:
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, whatever the layout; `fold` has been called where it matters."""
     state = run_state(engine)
-    return {
+    mine = {
         f"{name}/{key}": (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
         for name, part in state.items()
         for key, tensor in part.items()
     }
+    if (pipeline := engine.mesh.group("pp")) is None:
+        return mine
+    stages: list[dict[str, torch.Tensor]] = [{}] * engine.mesh.sizes.pp
+    dist.all_gather_object(stages, mine, group=pipeline)
+    whole: dict[str, torch.Tensor] = {}
+    for held in stages:
+        for name, tensor in held.items():
+            assert torch.equal(whole.setdefault(name, tensor), tensor), f"{name} differs between stages"
+    return whole
 
 
 def train(
@@ -119,6 +141,7 @@ def train(
     fold_at: int = 0,
     recompute: bool = False,
     precision: str = "fp32",
+    compiled: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Ten steps; the initial and the final state, and a report of every step."""
@@ -126,6 +149,8 @@ def train(
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     engine = open_engine(config, dtype)
     engine.model.recompute = recompute
+    if compiled:
+        engine.model.compile_memory()
     engine.optimizer.materialize_state()
     source: Any = RandomBatches(config)
     initial = whole_state(engine)
@@ -139,6 +164,7 @@ def train(
             engine.optimizer.unfold()
     engine.optimizer.fold()
     return {
+        "held": list(engine.model.blocks),
         "initial": initial,
         "final": whole_state(engine),
         "reports": reports,
@@ -146,9 +172,9 @@ def train(
     }
 
 
-def counted(arch: str, steps: int) -> dict[str, Any]:
+def counted(arch: str, steps: int, **options: Any) -> dict[str, Any]:
     """Steps whose reductions of gradients are counted by what `all_reduce` is called with."""
-    config = make_config(arch)
+    config = make_config(arch, **options)
     engine = open_engine(config, "float32")
     source: Any = RandomBatches(config)
     carried: list[int] = []
@@ -329,3 +355,63 @@ def parts_and_back(sizes: dict[str, int], limit: int) -> tuple[int, dict[str, fl
     for mean, whole in zip(means, full, strict=True):
         errors["mean squares"] = max(errors["mean squares"], float((mean - whole[2].square().mean()).abs()))
     return wholes.worked_on, {name: 0.0 if error < 1e-12 else error for name, error in errors.items()}
+
+
+def refusal(folder: str, arch: str, **options: Any) -> str:
+    """What `load` says of a checkpoint of another model."""
+    try:
+        load(folder, arch, **options)
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
+def backward_onto_ones(**options: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """By parameter: its gradient after the very first backward if it was ones before, after another backward on top,
+    and that of one process."""
+    config = make_config("transformer_pp", **options)
+    engine = open_engine(config, "float64")
+    batch = RandomBatches(config).batch(0)
+    scored = int((batch.targets >= 0).sum())
+    for parameter in engine.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    engine.forward_backward(batch, scored, config.train)
+    assert engine.pipeline is not None
+    # otherwise torch would have run the model once to learn its shapes
+    assert all(stage._inference_mode is InferenceMode.STATIC for stage in engine.pipeline.stages)
+    first = {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
+    engine.forward_backward(batch, scored, config.train)
+    second = {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
+    plain = build_model(config.model, config.seed).double()
+    nll, _ = plain.loss(*on_device(batch, torch.device("cpu")))
+    (nll / scored).backward()
+    grads = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    return {name: (grad, second[name], grads[name]) for name, grad in first.items()}
+
+
+def sent(arch: str, **options: Any) -> dict[str, Any]:
+    """Bytes and messages of one step from part to part, and what the plan says that this rank sends."""
+    config = make_config(arch, **options)
+    engine = open_engine(config, "float32")
+    assert engine.pipeline is not None
+    found = {"activations": [0, 0], "gradients of activations": [0, 0]}
+
+    def count(plain: Any, kind: str) -> Any:
+        def ops(number: int) -> Any:
+            made = plain(number)
+            for op in made:
+                found[kind][0] += op.tensor.nbytes
+                found[kind][1] += 1
+            return made
+
+        return ops
+
+    for stage in engine.pipeline.stages:
+        stage.get_fwd_send_ops = count(stage.get_fwd_send_ops, "activations")
+        stage.get_bwd_send_ops = count(stage.get_bwd_send_ops, "gradients of activations")
+    source: Any = RandomBatches(config)
+    optimizer_step(engine, source, config.train, 0, measure=False)
+    sizes = engine.mesh.sizes
+    flows = rank_flows(config, sizes, rank_shares(config, sizes)[engine.mesh.coordinate("pp")])
+    planned = {flow.name: [flow.payload, flow.calls] for flow in flows if flow.name in found and flow.calls}
+    return {"found": {kind: sums for kind, sums in found.items() if sums[1]}, "planned": planned}

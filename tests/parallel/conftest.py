@@ -12,19 +12,29 @@ from tests.train.conftest import tiny as tiny
 
 
 @pytest.fixture(scope="session")
-def gangs() -> Iterator[list[Gang]]:
-    """The gang in use, if there is one."""
-    gangs: list[Gang] = []
+def gangs() -> Iterator[dict[int, Gang]]:
+    """The gangs in use, by their number of ranks."""
+    gangs: dict[int, Gang] = {}
     yield gangs
-    for gang in gangs:
+    for gang in gangs.values():
         gang.close()
 
 
+def _of(ranks: int, gangs: dict[int, Gang], factory: pytest.TempPathFactory) -> Gang:
+    if ranks in gangs and not gangs[ranks].alive():
+        gangs.pop(ranks).close()
+    if ranks not in gangs:
+        gangs[ranks] = Gang(factory.mktemp(f"gang_{ranks}"), ranks)
+    return gangs[ranks]
+
+
 @pytest.fixture
-def gang(gangs: list[Gang], tmp_path_factory: pytest.TempPathFactory) -> Gang:
+def gang(gangs: dict[int, Gang], tmp_path_factory: pytest.TempPathFactory) -> Gang:
     """Four ranks that wait for jobs; a job may want fewer."""
-    if gangs and not gangs[0].alive():
-        gangs.pop().close()
-    if not gangs:
-        gangs.append(Gang(tmp_path_factory.mktemp("gang"), 4))
-    return gangs[0]
+    return _of(4, gangs, tmp_path_factory)
+
+
+@pytest.fixture
+def gang_of_8(gangs: dict[int, Gang], tmp_path_factory: pytest.TempPathFactory) -> Gang:
+    """Eight of them."""
+    return _of(8, gangs, tmp_path_factory)

@@ -62,7 +62,7 @@ class Gang:
         """
         self.jobs += 1
         place = f"{function.__module__}:{function.__qualname__}"
-        job = {"number": self.jobs, "ranks": ranks, "function": place, "arguments": arguments}
+        job = {"number": self.jobs, "ranks": ranks, "function": place, "arguments": arguments, "timeout": timeout}
         assert ranks <= len(self.processes), f"a gang of {len(self.processes)} cannot run a job of {ranks}"
         for process in self.processes[:ranks]:
             assert process.stdin is not None
@@ -118,7 +118,7 @@ def serve(folder: Path, rank: int) -> None:
         outcome: tuple[str | None, Any]
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
         # A rank that fails leaves the others waiting for it: they are given up after this long.
-        faulthandler.dump_traceback_later(TIMEOUT, exit=True)
+        faulthandler.dump_traceback_later(job["timeout"], exit=True)
         try:
             if job["ranks"] > 1:
                 store = f"file://{folder}/store_{job['number']}"

@@ -36,9 +36,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @cache
-def alone(arch: str, dtype: str, tied: bool) -> dict[str, Any]:
+def alone(arch: str, dtype: str, tied: bool, **options: Any) -> dict[str, Any]:
     """What one process makes of it."""
-    return cases.train(arch, dtype, tied=tied)
+    return cases.train(arch, dtype, tied=tied, **options)
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any], dtype: str, parts: int) -> None:
@@ -72,14 +72,15 @@ def compare(found: dict[str, Any], expected: dict[str, Any], dtype: str, parts: 
                 assert mine["levels"][name][key] == wanted, f"{name}: {key}"
 
 
-def check(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
-    ranks, options = LAYOUTS[layout]
-    everywhere = gang.run(cases.train, ranks, arch=arch, dtype=dtype, tied=tied, **options)
+def check(gang: Gang, arch: str, dtype: str, tied: bool, ranks: int, options: dict[str, Any], **shape: Any) -> None:
+    """`options` are the mesh's, `shape` the model's and the batch's."""
+    everywhere = gang.run(cases.train, ranks, arch=arch, dtype=dtype, tied=tied, **options, **shape)
     for found in everywhere:
         assert found["reports"] == everywhere[0]["reports"], "all ranks report the same"
         for name, tensor in everywhere[0]["final"].items():
             assert torch.equal(found["final"][name], tensor), f"{name} differs between ranks"
-    compare(everywhere[0], alone(arch, dtype, tied), dtype, ranks // options.get("tp", 1))
+    data_ranks = ranks // (options.get("tp", 1) * options.get("pp", 1))
+    compare(everywhere[0], alone(arch, dtype, tied, **shape), dtype, data_ranks)
 
 
 @pytest.mark.timeout(300)
@@ -95,7 +96,7 @@ def check(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
     ],
 )
 def test_ten_steps_are_those_of_one_process(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
-    check(gang, arch, dtype, tied, layout)
+    check(gang, arch, dtype, tied, *LAYOUTS[layout])
 
 
 @pytest.mark.slow
@@ -112,7 +113,7 @@ def test_ten_steps_are_those_of_one_process(gang: Gang, arch: str, dtype: str, t
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("arch", MODELS)
 def test_every_layout_trains_as_one_process(gang: Gang, arch: str, dtype: str, tied: bool, layout: str) -> None:
-    check(gang, arch, dtype, tied, layout)
+    check(gang, arch, dtype, tied, *LAYOUTS[layout])
 
 
 def test_folding_in_mid_period_changes_only_rounding(gang: Gang) -> None:
@@ -213,9 +214,9 @@ def test_decoding_and_logits_are_those_of_one_process(gang: Gang) -> None:
 @pytest.mark.parametrize(
     ("sizes", "more", "named"),
     [
-        (MeshSizes(pp=2), {}, "parallel.pp=2"),
         (MeshSizes(tp=2), {"compile": "model"}, "train.compile=model"),
         (MeshSizes(dp_shard=2), {"compile": "model"}, "train.compile=model"),
+        (MeshSizes(pp=2), {"compile": "model"}, "train.compile=model"),
     ],
 )
 def test_what_is_not_there_is_refused(sizes: MeshSizes, more: dict[str, Any], named: str) -> None:

@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp4": (4, {"dp_shard": 4, "keep_gathered": "never"}),
     "hsdp": (4, {"dp_shard": 2}),
     "tp2-fsdp2": (4, {"tp": 2, "dp_shard": 2}),
+    "pp2": (2, {"pp": 2}),
+    "pp2-tp2": (4, {"pp": 2, "tp": 2}),
 }
 
 
@@ -73,6 +75,7 @@ def check(gang: Gang, arch: str, rule: str, layout: str) -> None:
         ("hope_attention", "dgd", "tp2-fsdp2"),
         ("hope_attention", "m3", "hsdp"),
         ("hope_attention", "deep_momentum", "fsdp4"),
+        ("hope_attention", "muon", "pp2-tp2"),
     ],
 )
 def test_ten_steps_are_those_of_one_process(gang: Gang, arch: str, rule: str, layout: str) -> None:

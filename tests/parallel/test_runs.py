@@ -93,6 +93,45 @@ def test_layouts_follow_each_other(gang: Gang, tiny: Tiny, save: str) -> None:
     assert_same_figures(tiny, "moved", "one")
 
 
+PIPELINE = ["model.n_layers=2", "parallel.pp=2"]
+"""Four micro-batches of one row on two stages, with two rows per data-parallel rank on four."""
+
+
+def test_a_pipeline_s_run_goes_on_anywhere(gang: Gang, tiny: Tiny) -> None:
+    # Steps 3 and 6 are in mid-period; evaluations are at 0, 4 and 8.
+    assert tiny.train("one", *ALL, "model.n_layers=2") == 0
+    train(gang, tiny, 2, "two", *PIPELINE)
+    assert_same_figures(tiny, "two", "one")
+    legs = [(2, PIPELINE, 3), (2, ["model.n_layers=2", "parallel.tp=2"], 6), (4, PIPELINE, 0)]
+    continue_elsewhere(gang, tiny, "moved", legs)
+    assert_same_figures(tiny, "moved", "one")
+
+
+@pytest.mark.parametrize("data", ["parallel.dp_replicate=2", "parallel.dp_shard=2"])
+def test_a_pipeline_s_resume_is_exact_in_mid_period_too(gang: Gang, tiny: Tiny, data: str) -> None:
+    layout = [*PIPELINE, data]
+    train(gang, tiny, 4, "whole", *layout)
+    continue_elsewhere(gang, tiny, "halves", [(4, layout, 3), (4, layout, 7), (4, layout, 0)])
+    assert_same_run(tiny, "halves", "whole")
+    assert_same_tensors(tiny.checkpoint("halves", 3), tiny.checkpoint("whole", 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved_1f1b", "zbv"])
+def test_pipelines_follow_each_other(gang: Gang, tiny: Tiny, schedule: str) -> None:
+    deep = ["model.n_layers=4", "model.tie_embeddings=true", "checkpoint.async_save=true"]
+    assert tiny.train("one", *ALL, *deep) == 0
+    legs = [
+        (2, ["parallel.pp=2", f"parallel.schedule={schedule}"], 2),
+        (4, ["parallel.pp=2", "parallel.tp=2"], 5),
+        (1, [], 6),
+        (4, ["parallel.pp=2", f"parallel.schedule={schedule}"], 7),
+        (2, [], 0),
+    ]
+    continue_elsewhere(gang, tiny, "moved", [(ranks, [*deep, *more], at) for ranks, more, at in legs])
+    assert_same_figures(tiny, "moved", "one")
+
+
 @pytest.mark.slow
 def test_tensor_parallel_resume_is_exact(gang: Gang, tiny: Tiny) -> None:
     layout = ["parallel.tp=2", "checkpoint.async_save=true"]
@@ -140,7 +179,10 @@ def test_mistakes_are_reported_once(gang: Gang, tiny: Tiny) -> None:
 
 
 def test_windows_are_shared_and_everybody_has_all_scores(gang: Gang) -> None:
-    several = ((2, {}), (4, {}), (4, {"tp": 2}), (4, {"dp_shard": 2}), (4, {"dp_shard": 4, "keep_gathered": "never"}))
+    several = (
+        *((2, {}), (4, {}), (4, {"tp": 2}), (4, {"dp_shard": 2}), (4, {"dp_shard": 4, "keep_gathered": "never"})),
+        *((4, {"pp": 2}), (4, {"pp": 2, "dp_shard": 2})),
+    )
     for arch, layouts in (("hope", several[2:]), ("hope_attention", several)):
         expected = jobs.score(arch, 7)
         for ranks, options in layouts:

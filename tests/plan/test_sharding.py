@@ -13,6 +13,7 @@ from hope_train.config.tree import RunConfig
 from hope_train.levels.build import build_optimizer
 from hope_train.levels.schedule import level_of
 from hope_train.model.hope import build_model
+from hope_train.parallel.dry_run import build_ranks
 from hope_train.parallel.engine import build_engine
 from hope_train.parallel.mesh import Mesh
 from hope_train.plan.footprint import memory_state_bytes, training_footprint
@@ -63,6 +64,21 @@ def test_a_tensor_parallel_rank_holds_the_engines_tensors(tp, variant):
     assert planned["AdamW moments (fp32)"] == held["exp_avg"] + held["exp_avg_sq"]
     assert planned["accumulators of slow levels (fp32)"] == held["accumulator"]
     assert planned.get("initial states of nested levels (fp32)", 0) == held.get("anchor", 0)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved_1f1b", "zbv"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_pipeline_rank_holds_the_engines_tensors(rank, schedule):
+    config = run_config({"pp": 2, "tp": 2, "schedule": schedule})
+    sizes = resolve_mesh(config, 4)
+    with fake_mesh((2, 1, 1, 2), rank=2 * rank) as mesh:
+        engine = build_engine(config, Mesh(sizes, torch.device("cpu"), mesh))
+        built = {name: tuple(p.shape) for name, p in engine.model.named_parameters()}
+        optimized = {name for group in engine.optimizer.param_groups for name in group["param_names"]}
+    assert built == rank_shares(config, sizes)[rank].shapes
+    assert optimized == built.keys()
+    (held,) = build_ranks(config, sizes, [(rank, 0, 0, 0)])
+    assert held.shapes == built
 
 
 @pytest.mark.parametrize("tied", [True, False])
