@@ -2,7 +2,7 @@
 
 All rows are on one corpus, cut into documents of the lengths of web pages: a file or folder (`--corpus`), or Python's
 own documentation. Ratios compare rows of one run. Machines are shared, so speeds are per second of processor time, of
-the process itself or of its workers; what the clock said stands beside it. Each row says its bar and whether it was met.
+the process itself or of its workers; what the clock said stands beside it. Each row says its bar and if it was met.
 """
 
 from __future__ import annotations
