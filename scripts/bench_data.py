@@ -18,7 +18,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +310,8 @@ def main() -> None:
     """Print one line for each measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", default=os.environ.get("HOPE_CORPUS") or "builtin:python-docs")
+    names = ("tokenising", "indexed", "streaming", "alternative", "resuming")
+    parser.add_argument("--part", action="append", choices=names, help="may be repeated; default: all of them")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="bench-data-"))
     try:
@@ -328,15 +330,16 @@ def main() -> None:
                 "python": platform.python_version(),
             }
         )
-        say(tokenising(pieces, tokenizer))
-        for row in indexed(work, tokenizer):
-            say(row)
-        for row in streaming(work, tokenizer, tokens):
-            say(row)
-        say(alone(work, tokenizer, tokens))
-        say(alternative(work, tokenizer, tokens))
-        for row in resuming(work, tokenizer, tokens):
-            say(row)
+        parts: dict[str, Callable[[], Iterable[Row]]] = {
+            "tokenising": lambda: [tokenising(pieces, tokenizer)],
+            "indexed": lambda: indexed(work, tokenizer),
+            "streaming": lambda: streaming(work, tokenizer, tokens),
+            "alternative": lambda: [alone(work, tokenizer, tokens), alternative(work, tokenizer, tokens)],
+            "resuming": lambda: resuming(work, tokenizer, tokens),
+        }
+        for name in arguments.part or parts:
+            for row in parts[name]():
+                say(row)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
