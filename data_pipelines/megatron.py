@@ -15,6 +15,8 @@ import numpy as np
 
 from hope_train.errors import UserError
 
+_HEADER = b"MMIDIDX\x00\x00"
+
 
 def _module() -> Any:
     """megatron.core.datasets.indexed_dataset, without its complaints about what else could be installed."""
@@ -75,6 +77,9 @@ def open_indexed(prefix: Path) -> IndexedFile:
         if not path.is_file():
             raise UserError(f"{path}: no such file; an indexed data set is a pair {prefix.name}.bin and .idx")
     module = _module()
+    with idx_path.open("rb") as stream:  # Looked at first: the library complains about such a file twice.
+        if stream.read(len(_HEADER)) != _HEADER:
+            raise UserError(f"{idx_path}: not an index of Megatron's")
     if not bin_path.stat().st_size:
         return IndexedFile(prefix, np.zeros(0, np.uint16), np.zeros(1, np.int64), None)
     try:
