@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,18 +49,11 @@ def run_state(engine: Engine, stack: bool = False) -> State:
     return stacked(wrapped, live, engine.rows()) if stack else wrapped
 
 
-def load_on_mesh(
-    path: str | Path,
-    device: torch.device,
-    overrides: Sequence[str],
-    tell: Tell,
-    check: Callable[[MeshSizes], None] = lambda sizes: None,
-) -> Spread:
+def load_on_mesh(path: str | Path, device: torch.device, overrides: Sequence[str], tell: Tell) -> Spread:
     """As `store.load_model`, by every process of this job; one process alone holds the whole model.
 
     Args:
         overrides: `parallel.…=…`: the mesh. It need not be the one that wrote the checkpoint.
-        check: raises UserError for a mesh that the caller has no use for.
 
     Raises:
         UserError: what `load_model` raises, and a mesh that does not fit.
@@ -73,7 +66,6 @@ def load_on_mesh(
     team = Team(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     folder, manifest = team.on_first(lambda: find_checkpoint(path, tell))
     config = team.alike(lambda: config_of(manifest, overrides))
-    team.alike(lambda: check(resolve_mesh(config, team.ranks, training=False)))
     mesh = team.alike(lambda: open_mesh(config, device, training=False))
     spread = team.alike(lambda: build_spread_model(config, mesh))
     state = by_set(spread.held())

@@ -22,6 +22,9 @@ LAYOUTS = (
     (2, ["parallel.tp=2", "parallel.sequence_parallel=false"]),
     (2, ["parallel.pp=2"]),
     (4, ["parallel.pp=2", "parallel.tp=2"]),
+    (2, ["parallel.dp_shard=2"]),
+    (4, ["parallel.dp_shard=2", "parallel.pp=2"]),
+    (4, ["parallel.dp_shard=2", "parallel.tp=2", "parallel.keep_gathered=never"]),
 )
 
 
@@ -54,7 +57,6 @@ def test_one_object_at_the_end_and_one_line_of_error(gang: Gang, tmp_path: Path,
     assert json.loads(first[1])["tokens"] == 3
     assert second == (0, "", "")
     for wrong, named in (
-        (["parallel.dp_shard=2"], "parallel.dp_shard=2: hope generate does not decode with sharded parameters"),
         (["parallel.tp=3"], "cannot be divided"),
         (["model.d_model=8"], "the checkpoint fixes that"),
         (["--temperature", "nan"], "temperature"),
