@@ -46,7 +46,7 @@ def small(config: RunConfig, periods: bool, parallel: Mapping[str, Any]) -> RunC
         {"width": max(4, level.width // SCALE), "period": level.period if periods else 1}
         for level in config.model.cms.levels
     ]
-    batch = CONTEXT * 16
+    batch = CONTEXT * 8
     tree = {
         "model": {
             "arch": "hope_attention",
