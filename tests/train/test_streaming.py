@@ -78,6 +78,12 @@ def test_another_corpus_is_refused_by_name(streaming: Tiny, text: Path) -> None:
 def test_a_source_that_goes_away_ends_in_a_save_and_loses_nothing(
     streaming: Tiny, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Small files, since one that is open may be read to its end.
+    lines = [line for path in sorted(text.iterdir()) for line in path.read_text().splitlines(keepends=True)]
+    for path in text.iterdir():
+        path.unlink()
+    for number in range(50):
+        (text / f"part-{number}.jsonl").write_text("".join(lines[number * 4 : number * 4 + 4]))
     few = levels(*ALL[2:], "data.stream.shuffle_documents=2")
     assert streaming.train("whole", *few, "checkpoint.every=1", "checkpoint.keep_last=99") == 0
     from hope_train.train import loop
