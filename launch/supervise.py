@@ -204,9 +204,8 @@ class Supervisor:
         while step.poll() is None:
             time.sleep(POLL_S)
             self._answer_signals()
-            if self._out_of_time():
-                backend.kill(step, "hope-train")
-                break
+            if self._out_of_time():  # the requeue comes first: what is left of the job is Slurm's to end
+                return self._evidence(exit_code=128 + signal.SIGTERM)
             hung = watch.hang()
             if hung is not None:
                 self._dump(hung, watch.idle_s, used)

@@ -168,7 +168,7 @@ def test_the_time_limit_needs_no_signal(start: Start) -> None:
 
 def test_a_run_that_does_not_save_in_time_is_ended_and_requeued(start: Start, tmp_path: Path) -> None:
     (tmp_path / "signals").write_text("USR1\nTERM\n")
-    _, backend, places = start("time.sleep(60)", job_state="TIMEOUT")
+    _, backend, places = start("time.sleep(8)", job_state="TIMEOUT")
     assert backend.again
     assert ends(places)[-1]["failure"]
     assert "ended without saving" in ends(places)[-1]["reason"]
