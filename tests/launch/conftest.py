@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.reliability import Bench, Cluster, slurm_is_here
+from scripts.slurm_bench import Bench, Cluster, slurm_is_here
 
 
 @pytest.fixture(scope="session")

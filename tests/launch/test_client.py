@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from launch.client import Slurm, SlurmError
-from scripts.reliability import Cluster
+from scripts.slurm_bench import Cluster
 
 SLEEP = "#!/bin/bash\nexec sleep 600\n"
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from launch.places import read_json, read_lines
-from scripts.reliability import STEPS, Bench
+from scripts.slurm_bench import STEPS, Bench
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.reliability import SCENARIOS, Bench, run_scenario
+from scripts.reliability import SCENARIOS, run_scenario
+from scripts.slurm_bench import Bench
 
 
 def test_a_stopped_and_requeued_run_ends_in_the_bits_of_an_uninterrupted_one(bench: Bench) -> None:

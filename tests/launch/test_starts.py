@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.places import read_json
-from scripts.reliability import Bench, Run, same_checkpoint
+from scripts.slurm_bench import Bench, Run, same_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

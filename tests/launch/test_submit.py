@@ -14,7 +14,7 @@ import pytest
 from hope_train import cli
 from launch.places import Places
 from launch.request import read_request
-from scripts.reliability import Bench
+from scripts.slurm_bench import Bench
 
 
 @dataclass
