@@ -75,6 +75,12 @@ def test_a_sweep_trains_every_task(bench: Bench) -> None:
         bench.cluster.settle()
 
 
+def on_this_machine(name: str) -> list[str]:
+    """`hope launch local` with two ranks."""
+    options = ["run.yaml", f"name={name}", "seed=0", "--ranks", "2"]
+    return [sys.executable, "-m", "hope_train.cli", "launch", "local", *options]
+
+
 def test_one_machine_without_slurm(bench: Bench) -> None:
     """A killed rank is started again in place, and the result is that of a run to which nothing happened."""
     environment = {key: text for key, text in os.environ.items() if not key.startswith(("SLURM", "HOPE"))}
@@ -83,18 +89,7 @@ def test_one_machine_without_slurm(bench: Bench) -> None:
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "hope_train.cli",
-        "launch",
-        "local",
-        "run.yaml",
-        "name=here",
-        "seed=0",
-        "--ranks",
-        "2",
-    ]
+    command = on_this_machine("here")
     run = Run(bench, bench.folder / "runs" / "here", [])
     process = subprocess.Popen(command, cwd=bench.folder, env=environment)
     try:
@@ -112,18 +107,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(bench: Bench) -> None:
     environment = {key: text for key, text in os.environ.items() if key != "HOPE_WIKITEXT"} | {
         "PYTHONPATH": os.getcwd()
     }
-    command = [
-        sys.executable,
-        "-m",
-        "hope_train.cli",
-        "launch",
-        "local",
-        "run.yaml",
-        "name=twice",
-        "seed=0",
-        "--ranks",
-        "2",
-    ]
+    command = on_this_machine("twice")
     run = Run(bench, bench.folder / "runs" / "twice", [])
     process = subprocess.Popen(command, cwd=bench.folder, env=environment)
     try:
