@@ -243,7 +243,8 @@ def validation_sums(scorer: Scorer, batches: Iterable[Batch]) -> tuple[float, in
         for batch in batches:
             if not len(batch.tokens):
                 if scorer.shares.lockstep:
-                    scorer.model.hidden(torch.full((1, 1), scorer.eot_id, dtype=torch.int64, device=scorer.device))
+                    token_11 = torch.full((1, 1), scorer.eot_id, dtype=torch.int64, device=scorer.device)
+                    scorer.model.row_nll(token_11, token_11, chunk=scorer.chunk)
                 continue
             tokens_BT, targets_BT = _tensor(batch.tokens, scorer), _tensor(batch.targets, scorer)
             starts_BT = None if batch.starts is None else _tensor(batch.starts, scorer)

@@ -53,12 +53,14 @@ print(json.dumps(out))
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
-    """Two files of 600 documents."""
+    """Many files of 5 documents: a file once open is read in few requests, so it takes many to meet every fault."""
     folder = tmp_path / "hub"
     folder.mkdir()
-    table = pyarrow.table({"text": make_texts(600, words=60), "n": list(range(600))})
-    pyarrow.parquet.write_table(table, folder / "train-00000.parquet", row_group_size=5, compression="NONE")
-    (folder / "train-00001.parquet").write_bytes((folder / "train-00000.parquet").read_bytes())
+    texts = make_texts(1000, words=60)
+    for number in range(200):
+        table = pyarrow.table({"text": texts[5 * number : 5 * (number + 1)], "n": list(range(5))})
+        name = f"train-0000{number:03d}.parquet"
+        pyarrow.parquet.write_table(table, folder / name, row_group_size=5, compression="NONE")
     with running(folder) as hub:
         yield hub
 
