@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), pieces=401)
 
 
-@pytest.mark.parametrize("arch", ["hope", "hope_attention"])
+@pytest.mark.parametrize("arch", [pytest.param("hope", marks=pytest.mark.slow), "hope_attention"])
 def test_the_text_is_that_of_one_process(gang: Gang, tmp_path: Path, tokenizer: Tokenizer, arch: str) -> None:
     assert tokenizer.vocab_size % 2 == 1
     four = {"n_heads": 4, "tie_embeddings": arch == "hope"}
