@@ -7,6 +7,7 @@ has made them, in buckets and in one fixed order, and run beside the rest of it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,10 +161,10 @@ class DataParallel:
         # One order for all ranks, whatever the order in which their gradients come: by the last gradient each needs.
         self._parts.sort(key=lambda part: max(place.get(parameter, len(place)) for parameter in part.parameters))
         self._armed, self._started = False, 0
-        for part in self._parts:
+        for number, part in enumerate(self._parts):
             for parameter in part.parameters:
                 if parameter not in late:
-                    parameter.register_post_accumulate_grad_hook(self._hook(part))
+                    parameter.register_post_accumulate_grad_hook(self._hook(number))
 
     def begin(self) -> None:
         """A step begins: its traffic is counted from here on."""
@@ -214,15 +215,23 @@ class DataParallel:
         """Compare a step's traffic with the schedule. Raises RuntimeError naming the set."""
         check_traffic(self.step, self.sizes, self.periods, due, applied)
 
-    def _hook(self, part: _Part) -> Any:
+    def _hook(self, number: int) -> Any:
+        # A hook that held on to this object, which holds the parameter, would keep both and the group for ever: the
+        # garbage collector does not see through a parameter's hooks.
+        itself = weakref.ref(self)
+
         def arrived(parameter: Tensor) -> None:
-            if self._armed:
-                part.waiting.discard(parameter)
-                while self._started < len(self._parts) and not self._parts[self._started].waiting:
-                    self._start(self._parts[self._started])
-                    self._started += 1
+            if (data := itself()) is not None:
+                data._arrived(number, parameter)
 
         return arrived
+
+    def _arrived(self, number: int, parameter: Tensor) -> None:
+        if self._armed:
+            self._parts[number].waiting.discard(parameter)
+            while self._started < len(self._parts) and not self._parts[self._started].waiting:
+                self._start(self._parts[self._started])
+                self._started += 1
 
     def _start(self, part: _Part) -> None:
         # A parameter outside the graph has no gradient here and may have one elsewhere: sizes must agree all the same.

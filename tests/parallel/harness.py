@@ -7,6 +7,7 @@ error shows what every rank wrote, the stacks of all of its threads included.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -130,6 +131,7 @@ def serve(folder: Path, rank: int) -> None:
             outcome = (traceback.format_exc(), None)
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # a job's models keep its groups, whose threads would slow every later one
         faulthandler.cancel_dump_traceback_later()
         result = folder / f"result_{job['number']}_{rank}.pt"
         torch.save(outcome, result.with_suffix(".tmp"))
