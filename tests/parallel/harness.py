@@ -1,13 +1,14 @@
 """Ranks spawned once for many jobs: a job is a function of this repository, run by as many ranks as it wants.
 
 Every job has a process group of its own (gloo, a file store) and a hard timeout; when it strikes, or a rank fails, the
-error shows what every rank wrote, the stacks of all of its threads included.
+error shows what every rank wrote, the stacks of all of its threads included. A rank does each job in a fork of itself,
+which has all modules loaded: groups and meshes stay in torch's caches for as long as a process lives, and each of
+them has threads and sockets (hundreds of both after a few dozen jobs in one process).
 """
 
 from __future__ import annotations
 
 import faulthandler
-import gc
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,7 @@ class Gang:
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         text=True,
+                        start_new_session=True,
                     )
                 )
 
@@ -96,49 +98,64 @@ class Gang:
         for process in self.processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-            process.kill()
+            self._kill(process)
             process.wait()
+
+    @staticmethod
+    def _kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)  # its fork too
 
     def _autopsy(self, what: str) -> str:
         for process in self.processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGABRT)  # faulthandler writes where every thread is
+                self._kill(process, signal.SIGABRT)  # faulthandler writes where every thread is
         for process in self.processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-            process.kill()
+            self._kill(process)
         texts = [(self.folder / f"rank_{rank}.txt").read_text(errors="replace") for rank in range(len(self.processes))]
         return "\n".join([what, *(f"rank {rank}:\n{text[-6000:]}" for rank, text in enumerate(texts))])
 
 
 def serve(folder: Path, rank: int) -> None:
-    """A rank's life: one job after another until the gang is closed."""
+    """A rank's life: one job after another, each in a fork, until the gang is closed or a fork dies."""
+    signal.signal(signal.SIGABRT, signal.SIG_IGN)  # meant for the fork, which shows its stacks
     for line in sys.stdin:
         job = json.loads(line)
-        module, _, name = job["function"].partition(":")
-        outcome: tuple[str | None, Any]
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
-        # A rank that fails leaves the others waiting for it: they are given up after this long.
-        faulthandler.dump_traceback_later(job["timeout"], exit=True)
-        try:
-            if job["ranks"] > 1:
-                store = f"file://{folder}/store_{job['number']}"
-                dist.init_process_group("gloo", init_method=store, rank=rank, world_size=job["ranks"])
-            outcome = (None, getattr(importlib.import_module(module), name)(**job["arguments"]))
-            if dist.is_initialized():
-                dist.barrier()
-        except BaseException:
-            outcome = (traceback.format_exc(), None)
+        importlib.import_module(job["function"].partition(":")[0])  # here, so that all later forks have it too
+        if (fork := os.fork()) == 0:
+            work(folder, rank, job)
+        status = os.waitpid(fork, 0)[1]
+        if status:
+            sys.exit(f"the fork of job {job['number']} ended with exit code {os.waitstatus_to_exitcode(status)}")
+
+
+def work(folder: Path, rank: int, job: dict[str, Any]) -> NoReturn:
+    """Do one job and end the process."""
+    module, _, name = job["function"].partition(":")
+    outcome: tuple[str | None, Any]
+    faulthandler.enable()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
+    # A rank that fails leaves the others waiting for it: they are given up after this long.
+    faulthandler.dump_traceback_later(job["timeout"], exit=True)
+    try:
+        if job["ranks"] > 1:
+            store = f"file://{folder}/store_{job['number']}"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=job["ranks"])
+        outcome = (None, getattr(importlib.import_module(module), name)(**job["arguments"]))
         if dist.is_initialized():
-            dist.destroy_process_group()
-        gc.collect()  # a job's models keep its groups, whose threads would slow every later one
-        faulthandler.cancel_dump_traceback_later()
-        result = folder / f"result_{job['number']}_{rank}.pt"
-        torch.save(outcome, result.with_suffix(".tmp"))
-        result.with_suffix(".tmp").replace(result)
+            dist.barrier()
+    except BaseException:
+        outcome = (traceback.format_exc(), None)
+    result = folder / f"result_{job['number']}_{rank}.pt"
+    torch.save(outcome, result.with_suffix(".tmp"))
+    result.with_suffix(".tmp").replace(result)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # without the farewells of libraries, which wait for threads and other ranks
 
 
 if __name__ == "__main__":
-    faulthandler.enable()
     torch.set_num_threads(1)
     serve(Path(sys.argv[1]), int(sys.argv[2]))
