@@ -63,10 +63,10 @@ def open_data(data: DataConfig, train: TrainConfig, seed: int, vocab_size: int) 
 
 def _open_cached(data: DataConfig, train: TrainConfig, seed: int, tokenizer: Tokenizer) -> DataBundle:
     corpus = open_corpus(data, tokenizer)
-    rows = train.batch_tokens // train.context_length
+    sizes = train.batches
 
     def source(split: CorpusSplit) -> WindowSource:
-        return WindowSource(split, train.context_length, rows, seed, data.reset_at_documents, tokenizer.eot_id)
+        return WindowSource(split, train.context_length, sizes, seed, data.reset_at_documents, tokenizer.eot_id)
 
     train_source = source(corpus.train)
     # A held-out part shorter than a window is no reason to refuse a small corpus: the description says that it is.
@@ -81,7 +81,7 @@ def _open_cached(data: DataConfig, train: TrainConfig, seed: int, tokenizer: Tok
             "windows": validation_source.windows if validation_source else 0,
         },
         "cut_into_pieces_of": corpus.manifest["cut_into_pieces_of"],
-        "epochs": train.total_steps * rows / train_source.windows,
+        "epochs": sizes.first_sample(train.total_steps) / train_source.windows,
     }
     return DataBundle(tokenizer, train_source, validation_source, description)
 
@@ -90,27 +90,25 @@ def _open_indexed(data: DataConfig, train: TrainConfig, seed: int, tokenizer: To
     from data_pipelines import indexed
 
     corpora = [indexed.open_corpus(source, data, tokenizer) for source in data.sources]
-    rows = train.batch_tokens // train.context_length
+    sizes = train.batches
 
     def source(split: indexed.IndexedSplit, order: str = "") -> indexed.IndexedWindows:
         reset, eot_id = data.reset_at_documents, tokenizer.eot_id
-        return indexed.IndexedWindows(split, train.context_length, rows, seed, reset, eot_id, order)
+        return indexed.IndexedWindows(split, train.context_length, sizes, seed, reset, eot_id, order)
 
     weights = [source.weight for source in data.sources if source.weight is not None]
+    samples = sizes.first_sample(train.total_steps)
     train_source: BatchSource
     if len(weights) > 1:
         # Each by a name of its own: sources of equal length must not be shuffled alike.
         parts = [source(corpus.train, f"source-{number}") for number, corpus in enumerate(corpora)]
-        train_source = BlendSource(parts, weights, rows)
+        train_source = BlendSource(parts, weights, sizes)
         windows = [part.windows for part in parts]
-        epochs = max(
-            train.total_steps * rows * weight / sum(weights) / count
-            for weight, count in zip(weights, windows, strict=True)
-        )
+        epochs = max(samples * weight / sum(weights) / count for weight, count in zip(weights, windows, strict=True))
     else:
         train_source = source(indexed.join([corpus.train for corpus in corpora]))
         windows = [train_source.windows or 0]
-        epochs = train.total_steps * rows / windows[0]
+        epochs = samples / windows[0]
     held_out = indexed.join([corpus.validation for corpus in corpora])
     enough = len(held_out.tokens) > train.context_length
     validation_source = source(held_out) if enough else None
@@ -135,15 +133,15 @@ def _open_indexed(data: DataConfig, train: TrainConfig, seed: int, tokenizer: To
 def _open_streaming(data: DataConfig, train: TrainConfig, seed: int, tokenizer: Tokenizer) -> DataBundle:
     from data_pipelines.streams import open_stream
 
-    rows = train.batch_tokens // train.context_length
+    sizes = train.batches
     indexes = GzipIndexes(Path(data.cache_dir).expanduser() / "gzip-indexes")
     train_source, identity, held_out = open_stream(
-        data, tokenizer, train.context_length, rows, seed, indexes, _log.warning
+        data, tokenizer, train.context_length, sizes, seed, indexes, _log.warning
     )
     validation_source = None
     if held_out is not None and len(held_out.tokens) > train.context_length:
         validation_source = WindowSource(
-            held_out, train.context_length, rows, seed, data.reset_at_documents, tokenizer.eot_id
+            held_out, train.context_length, sizes, seed, data.reset_at_documents, tokenizer.eot_id
         )
     content = hashlib.sha256(json.dumps(identity["files"], sort_keys=True).encode()).hexdigest()
     description = {

@@ -61,7 +61,7 @@ def look_at(bundle: DataBundle, batch: int, rows: int, with_ids: bool) -> dict[s
     """A batch in words: its first `rows` rows, its sources, and how much of it is padding."""
     source = bundle.train
     sample = source.batch(batch)
-    first, count = batch * source.batch_sequences, source.batch_sequences
+    first, count = source.sizes.samples_of(batch)
     contents = source.contents(first, count)
     windows = source.window_numbers(first, count)
     padding = (sample.targets == IGNORED).sum(axis=1)

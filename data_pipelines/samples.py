@@ -1,9 +1,9 @@
 """What sample belongs to global batch i. This is the one place that knows.
 
 Samples are numbered from 0 without end; what sample s is depends on (text, configuration, seed, s) alone. Global batch
-i of n rows is the samples i n .. (i + 1) n - 1, and rank r of R takes the r-th of R equal parts of its rows. So neither
-the number of ranks nor that of workers changes what is trained on, and a batch of another size only cuts the same
-sequence elsewhere.
+i holds the n(i) samples that follow those of batch i - 1, n(i) being a function of the configuration and i, and rank r
+of R takes the r-th of R equal parts of its rows. So neither the number of ranks nor that of workers changes what is
+trained on, and a batch of another size only cuts the same sequence elsewhere.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hope_train.config.batches import BatchSizes
 from hope_train.errors import UserError
 
 _MAX_SAMPLES = 2**63 - 1
@@ -57,8 +58,8 @@ class BatchSource(ABC):
     context_length: int
     """T, tokens in a row."""
 
-    batch_sequences: int
-    """Rows of a global batch, over all ranks."""
+    sizes: BatchSizes
+    """Rows of every global batch, over all ranks."""
 
     seed: int
 
@@ -79,11 +80,11 @@ class BatchSource(ABC):
 
         Raises UserError if the ranks do not divide its rows, or there is no number for its samples.
         """
-        if index >= _MAX_SAMPLES // self.batch_sequences:
-            raise UserError(f"batch {index} is too far: batches end before {_MAX_SAMPLES // self.batch_sequences}")
+        if index >= (last := self.sizes.whole_batches(_MAX_SAMPLES)):
+            raise UserError(f"batch {index} is too far: batches end before {last}")
         if index < 0 or not 0 <= rank < ranks:
             raise ValueError(f"no batch {index} for rank {rank} of {ranks}")
-        return self.samples(index * self.batch_sequences, self.batch_sequences, rank, ranks)
+        return self.samples(*self.sizes.samples_of(index), rank, ranks)
 
     def samples(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
         """Rank `rank`'s rows of the batch that is the samples first .. first+count-1. Raises as `batch`."""

@@ -25,6 +25,7 @@ from data_pipelines.shards import fingerprint_shards, list_shards
 from data_pipelines.sources import describe_source
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.unpacking import GzipIndexes
+from hope_train.config.batches import BatchSizes
 from hope_train.config.data import DataConfig
 from hope_train.errors import UserError
 
@@ -37,12 +38,12 @@ class StreamSource(BatchSource):
 
     reads_on = True
 
-    def __init__(self, recipe: Recipe, batch_sequences: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, recipe: Recipe, sizes: BatchSizes, tell: Callable[[str], None]) -> None:
         """Starts nothing yet. `tell` gets a line for every try to reach a source again."""
         data = recipe.data
         self.recipe = recipe
         self.context_length = recipe.context_length
-        self.batch_sequences = batch_sequences
+        self.sizes = sizes
         self.seed = recipe.seed
         self.reset_at_documents = data.reset_at_documents
         self.windows = None
@@ -206,7 +207,7 @@ def open_stream(
     data: DataConfig,
     tokenizer: Tokenizer,
     context_length: int,
-    batch_sequences: int,
+    sizes: BatchSizes,
     seed: int,
     indexes: GzipIndexes,
     tell: Callable[[str], None],
@@ -235,4 +236,4 @@ def open_stream(
     }
     recipe = Recipe(data, tokenizer.proto, tokenizer.path, indexes, seed, context_length)
     held_out = held_out_split(Corpus(data, shards, tokenizer, seed), identity)
-    return StreamSource(recipe, batch_sequences, tell), identity, held_out
+    return StreamSource(recipe, sizes, tell), identity, held_out

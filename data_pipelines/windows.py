@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipelines.order import permute
 from data_pipelines.samples import Batch, BatchSource, Segment
+from hope_train.config.batches import BatchSizes
 from hope_train.errors import UserError
 
 _AHEAD = 4096
@@ -56,7 +57,7 @@ class WindowSource(BatchSource):
         self,
         split: Split,
         context_length: int,
-        batch_sequences: int,
+        sizes: BatchSizes,
         seed: int,
         reset_at_documents: bool,
         eot_id: int,
@@ -65,7 +66,7 @@ class WindowSource(BatchSource):
         """
         Args:
             context_length: T, tokens in a row.
-            batch_sequences: rows of a global batch, over all ranks.
+            sizes: rows of every global batch, over all ranks.
             seed: of the order of windows.
             reset_at_documents: give `Batch.starts`.
             order: sources of one run that are shuffled by the same seed have different names for their orders.
@@ -75,7 +76,7 @@ class WindowSource(BatchSource):
         """
         self.split = split
         self.context_length = context_length
-        self.batch_sequences = batch_sequences
+        self.sizes = sizes
         self.seed = seed
         self.reset_at_documents = reset_at_documents
         self.eot_id = eot_id
@@ -163,11 +164,11 @@ class WindowSource(BatchSource):
 class BlendSource(BatchSource):
     """Samples of several sources in the proportion of their weights; each source has epochs of its own."""
 
-    def __init__(self, sources: Sequence[WindowSource], weights: Sequence[float], batch_sequences: int) -> None:
+    def __init__(self, sources: Sequence[WindowSource], weights: Sequence[float], sizes: BatchSizes) -> None:
         """Raises UserError for a weight too small to matter."""
         self.sources = sources
         self.context_length = sources[0].context_length
-        self.batch_sequences = batch_sequences
+        self.sizes = sizes
         self.seed = sources[0].seed
         self.reset_at_documents = sources[0].reset_at_documents
         self.windows = None

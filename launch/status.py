@@ -93,7 +93,7 @@ def _totals(places: Places) -> tuple[int | None, int | None]:
     for file in files:
         with suppress(UserError):
             train = load_config(file).train
-            return train.total_steps, train.total_steps * train.batch_tokens
+            return train.total_steps, train.tokens_after(train.total_steps)
     return None, None
 
 

@@ -123,7 +123,7 @@ def measure_backward(watched: bool, device: str, repeat: int) -> Row:
     """One linear layer."""
     layer = nn.Linear(384, 384, bias=False, device=device)
     if watched:
-        layer.register_forward_hook(DeltaLayer(lambda: 1e-3, 4096))
+        layer.register_forward_hook(DeltaLayer(lambda: 1e-3, lambda: 4096))
     x = torch.randn(4096, 384, device=device, requires_grad=True)
 
     def step() -> None:

@@ -76,7 +76,10 @@ def run_config(parallel: dict[str, Any]) -> Any:
 class Source:
     """Random tokens."""
 
-    batch_sequences = 4
+    def __init__(self) -> None:
+        from hope_train.config.batches import BatchSizes
+
+        self.sizes = BatchSizes.constant(4)
 
     def batch(self, index: int, rank: int = 0, ranks: int = 1) -> Any:
         """This rank's rows of batch `index`."""

@@ -30,6 +30,7 @@ from rich.table import Table
 from data_pipelines.batches import Batch, WindowSource
 from data_pipelines.corpus import open_corpus
 from hope_train.checkpoint.store import load_model
+from hope_train.config.batches import BatchSizes
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.evaluate.run_files import checkpoint_tokenizer, pick_device
@@ -125,7 +126,9 @@ def held_out_windows(
     length, rows = config.train.context_length, config.eval.batch_size
     if wikitext is None:
         label, split = "held-out training text", open_corpus(config.data, tokenizer).validation
-        source = WindowSource(split, length, rows, config.seed, config.data.reset_at_documents, tokenizer.eot_id)
+        source = WindowSource(
+            split, length, BatchSizes.constant(rows), config.seed, config.data.reset_at_documents, tokenizer.eot_id
+        )
         chosen = list(source.validation_batches(1, windows))
     else:
         text = read_wikitext(wikitext, "validation", config.data.hub_timeout)

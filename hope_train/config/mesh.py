@@ -48,9 +48,14 @@ def resolve_mesh(config: RunConfig, world: int, training: bool = True) -> MeshSi
 
 
 def micro_batches(config: RunConfig, sizes: MeshSizes) -> int:
-    """Micro-batches that every data-parallel rank runs in a step."""
+    """Micro-batches that every data-parallel rank runs in a step, on a batch of full size."""
     train = config.train
     return train.batch_tokens // (sizes.dp * train.micro_batch_size * train.context_length)
+
+
+def micro_batches_of(config: RunConfig, sizes: MeshSizes) -> tuple[int, ...]:
+    """`micro_batches` on every size that a batch has in the run, from the first to the full one."""
+    return tuple(rows // (sizes.dp * config.train.micro_batch_size) for rows in config.train.batches.sizes)
 
 
 def parts_per_rank(config: RunConfig) -> int:
@@ -133,31 +138,39 @@ def _check_batch(config: RunConfig, sizes: MeshSizes) -> None:
             f"train.context_length={train.context_length} cannot be divided among parallel.tp={tp} ranks: change one "
             "of them, or set parallel.sequence_parallel=false"
         )
-    rows = train.batch_tokens // train.context_length
-    step = sizes.dp * train.micro_batch_size
-    if rows % step:
-        raise UserError(
-            f"train.batch_tokens={train.batch_tokens} is {rows} sequences, which {sizes.dp} data-parallel ranks cannot "
-            f"share in micro-batches of train.micro_batch_size={train.micro_batch_size}: make train.batch_tokens a "
-            f"multiple of {step * train.context_length}, or change train.micro_batch_size"
-        )
+    step, ramp = sizes.dp * train.micro_batch_size, train.batch_ramp
+    counts = {
+        "train.batch_tokens": train.batch_tokens,
+        "train.batch_ramp.start_tokens": ramp.start_tokens,
+        "train.batch_ramp.increment_tokens": ramp.increment_tokens,
+    }
+    for name, tokens in counts.items():
+        if tokens is not None and (rows := tokens // train.context_length) % step:
+            raise UserError(
+                f"{name}={tokens} is {rows} sequences, which {sizes.dp} data-parallel ranks cannot share in "
+                f"micro-batches of train.micro_batch_size={train.micro_batch_size}: make {name} a multiple of "
+                f"{step * train.context_length}, or change train.micro_batch_size"
+            )
 
 
 def _check_micro_batches(config: RunConfig, sizes: MeshSizes) -> None:
-    schedule, pp, count = config.parallel.schedule, sizes.pp, micro_batches(config, sizes)
+    schedule, pp, counts = config.parallel.schedule, sizes.pp, micro_batches_of(config, sizes)
     if pp == 1:
         return
-    if schedule == "1f1b" and count < pp:
+    names = ["train.batch_tokens"]
+    if len(counts) > 1:
+        names = [f"train.batch_ramp.{name}" for name in ("start_tokens", "increment_tokens")]
+    if schedule == "1f1b" and (count := counts[0]) < pp:
         raise UserError(
             f"parallel.schedule=1f1b cannot run {count} micro-batches over parallel.pp={pp} stages: lower "
-            "train.micro_batch_size, raise train.batch_tokens, or set parallel.schedule=gpipe"
+            f"train.micro_batch_size, raise {names[0]}, or set parallel.schedule=gpipe"
         )
-    rounds = max(1, count // pp)
-    if schedule == "interleaved_1f1b" and count % rounds:
-        raise UserError(
-            f"parallel.schedule=interleaved_1f1b runs {count} micro-batches over parallel.pp={pp} in {rounds} "
-            f"rounds, which do not divide them: make train.batch_tokens give a multiple of {pp} micro-batches"
-        )
+    for count in counts if schedule == "interleaved_1f1b" else ():
+        if count % (rounds := max(1, count // pp)):
+            raise UserError(
+                f"parallel.schedule=interleaved_1f1b runs {count} micro-batches over parallel.pp={pp} in {rounds} "
+                f"rounds, which do not divide them: make {' and '.join(names)} give a multiple of {pp} micro-batches"
+            )
 
 
 def _ranks(count: int) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hope_train.config.base import Section
+from hope_train.config.batches import BatchRampConfig, BatchSizes
 from hope_train.config.rules import (
     MATRIX_ONLY,
     DeepMomentumConfig,
@@ -116,6 +117,9 @@ class TrainConfig(Section):
     batch_tokens: int = Field(16384, ge=1)
     """Tokens per optimizer step over the whole job; a multiple of context_length."""
 
+    batch_ramp: BatchRampConfig = BatchRampConfig()
+    """Smaller batches at the beginning."""
+
     micro_batch_size: int = Field(4, ge=1)
     """Sequences per forward pass on one device; the rest is gradient accumulation."""
 
@@ -164,12 +168,56 @@ class TrainConfig(Section):
                 f"batch_tokens={self.batch_tokens} is not a multiple of context_length*micro_batch_size="
                 f"{self.context_length}*{self.micro_batch_size}={self.context_length * self.micro_batch_size}"
             )
+        self._check_ramp()
         return self
+
+    def _check_ramp(self) -> None:
+        ramp, step = self.batch_ramp, self.context_length * self.micro_batch_size
+        if ramp.start_tokens is None or ramp.increment_tokens is None:
+            return
+        for name in ("start_tokens", "increment_tokens"):
+            if (tokens := getattr(ramp, name)) % step:
+                raise ValueError(
+                    f"batch_ramp.{name}={tokens} is not a multiple of context_length*micro_batch_size="
+                    f"{self.context_length}*{self.micro_batch_size}={step}"
+                )
+        grows = self.batch_tokens - ramp.start_tokens
+        if grows <= 0:
+            raise ValueError(
+                f"batch_ramp.start_tokens={ramp.start_tokens} is not below batch_tokens={self.batch_tokens}: lower it, "
+                "or set it to null"
+            )
+        if grows % ramp.increment_tokens:
+            raise ValueError(
+                f"batch_ramp.increment_tokens={ramp.increment_tokens} does not divide batch_tokens-start_tokens="
+                f"{self.batch_tokens}-{ramp.start_tokens}={grows}: change one of them"
+            )
+
+    @property
+    def batches(self) -> BatchSizes:
+        """Sequences of every global batch."""
+        rows, ramp = self.batch_tokens // self.context_length, self.batch_ramp
+        if ramp.start_tokens is None or ramp.increment_tokens is None or ramp.over_tokens is None:
+            return BatchSizes.constant(rows)
+        start, increment = ramp.start_tokens // self.context_length, ramp.increment_tokens // self.context_length
+        return BatchSizes.ramp(start, increment, rows, ramp.over_tokens, self.context_length)
+
+    def steps_for(self, tokens: int) -> int:
+        """Fewest optimizer steps that train on so many tokens."""
+        return self.batches.batches_for(-(-tokens // self.context_length))
+
+    def tokens_after(self, steps: int) -> int:
+        """Tokens of the first `steps` global batches."""
+        return self.batches.first_sample(steps) * self.context_length
+
+    def tokens_in(self, batch: int) -> int:
+        """Tokens of a global batch, counted from 0."""
+        return self.batches.samples_of(batch)[1] * self.context_length
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return -(-self.tokens // self.batch_tokens)
+        return self.steps_for(self.tokens)
 
 
 class EvalConfig(Section):

@@ -118,7 +118,7 @@ class LevelPlan:
     def from_config(cls, run: RunConfig) -> LevelPlan:
         """The plan of a configured run. Lengths given in tokens are rounded up to whole steps."""
         optimizer, total_steps = run.optimizer, run.train.total_steps
-        warmup_steps = -(-optimizer.schedule.warmup_tokens // run.train.batch_tokens)
+        warmup_steps = run.train.steps_for(optimizer.schedule.warmup_tokens)
         sets = [SetPlan(CORE, None, 1, optimizer.lr, warmup_steps, total_steps)]
         for index, level in enumerate(run.model.cms.levels):
             warmup = level.warmup_updates

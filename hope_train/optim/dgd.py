@@ -30,11 +30,13 @@ SumRanks = Callable[[Tensor], Tensor]
 class DeltaLayer:
     """Forward hook of a linear layer without bias: the same output, but the weight's gradient is g."""
 
-    def __init__(self, rate: Callable[[], float], positions: int, over_ranks: SumRanks | None = None) -> None:
+    def __init__(
+        self, rate: Callable[[], float], positions: Callable[[], int], over_ranks: SumRanks | None = None
+    ) -> None:
         """
         Args:
             rate: eta, of the update that the gradient of this backward will be used in.
-            positions: n.
+            positions: n, of the step under way.
             over_ranks: where each rank has a part of the layer's inputs, the sum of partial results.
         """
         self.rate, self.positions, self.over_ranks = rate, positions, over_ranks
@@ -66,6 +68,6 @@ class _Delta(torch.autograd.Function):
         square_S1 = x_SI.to(wide).square().sum(-1, keepdim=True)
         if layer.over_ranks is not None:
             square_S1, y_SO = layer.over_ranks(square_S1), layer.over_ranks(y_SO)
-        left_SO = (grad_SO.to(wide) + y_SO.to(wide) / layer.positions) / (1 + layer.rate() * square_S1)
+        left_SO = (grad_SO.to(wide) + y_SO.to(wide) / layer.positions()) / (1 + layer.rate() * square_S1)
         # The product in the type of the layer's own, as autograd would take it.
         return grad_x, (left_SO.to(grad.dtype).mT @ x_SI.to(grad.dtype)).to(weight_OI.dtype), None, None

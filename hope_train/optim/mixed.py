@@ -129,13 +129,16 @@ class MixedRule:
         raise KeyError(name)
 
     def watch(
-        self, model: nn.Module, positions: int, over_ranks: Callable[[str], SumRanks | None] = lambda name: None
+        self,
+        model: nn.Module,
+        positions: Callable[[], int],
+        over_ranks: Callable[[str], SumRanks | None] = lambda name: None,
     ) -> None:
         """With delta gradient descent: make the gradients of linear layers its own, see `optim.dgd`. Once per model.
 
         Args:
             model: its modules have the names of the unsharded model.
-            positions: tokens per optimizer step, over all micro-batches and ranks.
+            positions: tokens of the step under way, over all micro-batches and ranks.
             over_ranks: by name of a module, see `DeltaLayer`.
         """
         if self.config.name != "dgd":

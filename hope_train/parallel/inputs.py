@@ -45,5 +45,8 @@ def watch_layers(optimizer: LevelOptimizer, model: HopeModel, config: RunConfig,
             return None
         return lambda partial: collectives.sum_over_ranks(partial, tensor.group)
 
+    def positions() -> int:
+        return config.train.tokens_in(optimizer.steps + optimizer.skipped)
+
     if isinstance(optimizer.rule, MixedRule):
-        optimizer.rule.watch(model, config.train.batch_tokens, over_ranks)
+        optimizer.rule.watch(model, positions, over_ranks)

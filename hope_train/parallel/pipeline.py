@@ -87,9 +87,17 @@ class Pipeline:
     """The parts of this rank and their schedule."""
 
     def __init__(self, config: RunConfig, model: StageModel, micro_batches: int) -> None:
-        """micro_batches: per step."""
-        train = config.train
-        self.model, self.group, self.micro_batches = model, model.group, micro_batches
+        """micro_batches: per step, until a batch comes that has more or fewer."""
+        self.config, self.model, self.group = config, model, model.group
+        self._waiting = 0
+        self._before: Callable[[bool], None] = lambda last: None
+        self._plan(micro_batches)
+
+    def _plan(self, micro_batches: int) -> None:
+        """Stages and schedule for steps of so many micro-batches: torch fits both to the number, and neither has a
+        state that outlives a step."""
+        config, model, train = self.config, self.model, self.config.train
+        self.micro_batches = micro_batches
         parameter = next(model.parameters())
         tokens_BT = torch.empty(train.micro_batch_size, train.context_length, dtype=torch.int64, device="meta")
         wide = torch.promote_types(parameter.dtype, torch.float32)
@@ -112,8 +120,6 @@ class Pipeline:
             loss_fn=lambda nll, target, scored: nll / scored,
             scale_grads=False,
         )
-        self._waiting = 0
-        self._before: Callable[[bool], None] = lambda last: None
 
     def _before_backward(self, completes: bool) -> None:
         self._waiting -= completes
@@ -128,6 +134,8 @@ class Pipeline:
         Returns:
             The micro-batches' summed negative log-likelihoods [M], on every rank of the pipeline.
         """
+        if (count := len(batch.tokens) // self.config.train.micro_batch_size) != self.micro_batches:
+            self._plan(count)
         self._waiting, self._before = len(self.stages) * self.micro_batches, before_backward
         tokens_NT, targets_NT, starts_NT = on_device(batch, self.stages[0].device)
         self.model.begin(tokens_NT)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hope_train.config.mesh import MeshSizes, micro_batches, resolve_mesh
+from hope_train.config.mesh import MeshSizes, micro_batches, micro_batches_of, resolve_mesh
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.levels.schedule import LevelPlan
@@ -184,6 +184,11 @@ class Plan:
                 "bound": self.speed.bound,
                 "assumptions": list(self.speed.assumptions),
             },
+            "steps": train.total_steps,
+            "batches": [
+                {"tokens": rows * train.context_length, "steps": steps}
+                for rows, steps in train.batches.counted(train.total_steps)
+            ],
             "fits": self.fits,
             "verdict": self.verdict,
             "suggestions": list(self.suggestions),
@@ -280,11 +285,12 @@ def plan_ranks(config: RunConfig, mesh: MeshSizes, on_accelerator: bool = True) 
 
 
 def _thin(config: RunConfig, mesh: MeshSizes) -> Iterator[str]:
-    count, parts = micro_batches(config, mesh), part_count(config.parallel)
-    if count < parts:
+    counts, parts = micro_batches_of(config, mesh), part_count(config.parallel)
+    if (count := counts[0]) < parts:
+        name = "train.batch_tokens" if len(counts) == 1 else "train.batch_ramp.start_tokens"
         yield (
             f"{count} micro-batches cannot fill {parts} pipeline parts: lower train.micro_batch_size or parallel.pp, "
-            "or raise train.batch_tokens"
+            f"or raise {name}"
         )
 
 

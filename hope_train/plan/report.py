@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from hope_train.config.load import load_config
+from hope_train.config.train import TrainConfig
 from hope_train.plan.check import SHOWN, dry_run
 from hope_train.plan.costs import Plan, make_plan
 from hope_train.plan.devices import GIB
@@ -180,12 +181,25 @@ def _time(plan: Plan, console: Console) -> None:
         f"{_duration(speed.days)} for {train.tokens:,} tokens, MFU {speed.mfu:.1%}, bound by {speed.bound}",
         soft_wrap=True,
     )
+    if len(train.batches.sizes) > 1:
+        console.print(_ramp(train), soft_wrap=True)
     if plan.devices > 1:
         share = {"computing": speed.busy_seconds, "bubble": speed.bubble_seconds, "exposed": speed.exposed_seconds}
         text = ", ".join(f"{name} {seconds / speed.step_seconds:.1%}" for name, seconds in share.items())
         bubble = f"; bubble: {plan.bubble.formula}" if plan.mesh.pp > 1 else ""
         console.print(f"of a step: {text} communication{bubble}", soft_wrap=True)
     console.print(f"assumed, not measured: {'; '.join(speed.assumptions)}", style="dim", soft_wrap=True)
+
+
+def _ramp(train: TrainConfig) -> str:
+    """The growing batches in a line; speed and step are those of a full one."""
+    *growing, (_, steps) = train.batches.counted(train.total_steps)
+    first, last = (train.tokens_in(step) for step in (0, train.total_steps - 1))
+    small = sum(count for _, count in growing)
+    return (
+        f"batches grow from {first:,} to {last:,} tokens over the first {small:,} steps ({train.tokens_after(small):,} "
+        f"tokens); {steps:,} of {train.total_steps:,} steps have {last:,}; the time of the run counts them as they are"
+    )
 
 
 def _gib(count: int) -> str:

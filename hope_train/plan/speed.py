@@ -6,9 +6,11 @@ measured MFU (`mfu=`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hope_train.config.batches import BatchRampConfig
 from hope_train.config.mesh import MeshSizes, micro_batches
 from hope_train.config.tree import RunConfig
 from hope_train.plan.devices import Device
@@ -93,9 +95,18 @@ def expected_speed(
 ) -> Speed:
     """Speed of the whole mesh. `mfu` in (0, 1] is that of one device alone and replaces all assumptions on computing.
 
-    A step is the busiest stage's computing, the bubble of the schedule, and the communication that nothing hides.
+    A step is the busiest stage's computing, the bubble of the schedule, and the communication that nothing hides. All
+    figures but `days` are of a batch of full size.
     """
     train = config.train
+    if len(train.batches.sizes) > 1:
+        days = 0.0
+        for rows, steps in train.batches.counted(train.total_steps):
+            step = expected_speed(_of_size(config, rows), flops, device, mesh, shares, interconnect, mfu).step_seconds
+            days += steps * step / 86400
+        rows = train.batches.sizes[-1]
+        full = expected_speed(_of_size(config, rows), flops, device, mesh, shares, interconnect, mfu)
+        return dataclasses.replace(full, days=days)
     peak = device.peak(train.precision)
     count = micro_batches(config, mesh)
     tokens = count * train.micro_batch_size * train.context_length
@@ -144,6 +155,13 @@ def expected_speed(
         exposed_seconds=exposed,
         communication_seconds=tuple(kinds.items()),
     )
+
+
+def _of_size(config: RunConfig, rows: int) -> RunConfig:
+    """The run with all batches of `rows` sequences."""
+    tokens = rows * config.train.context_length
+    train = config.train.model_copy(update={"batch_tokens": tokens, "batch_ramp": BatchRampConfig()})
+    return config.model_copy(update={"train": train})
 
 
 def communication(flows: Sequence[Flow], mesh: MeshSizes, interconnect: Interconnect) -> dict[str, float]:

@@ -67,7 +67,7 @@ def train(run: Session, stop: StopRequest) -> Outcome:
             return Outcome("error", failure)
         loss, report, bad_rows = take_step(run, index, measure=wanted)
         progress.step += 1
-        progress.tokens += config.train.batch_tokens
+        progress.tokens += config.train.tokens_in(index)
         if report.applied:
             progress.losses["train"] = loss
 

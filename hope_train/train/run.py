@@ -108,7 +108,7 @@ def stopped_early(settings: RunConfig, signal: str) -> dict[str, Any]:
         refuse_if_in_use(run_dir)
         begun = (run_dir / rundir.CONFIG).is_file() and not (run_dir / rundir.STOPPED).exists()
         if begun and not rundir.serious(rundir.differences_from(run_dir, settings)):
-            tokens = step * settings.train.batch_tokens
+            tokens = settings.train.tokens_after(step)
             rundir.write_stopped(run_dir, "signal", step, tokens, checkpoint=newest, detail=detail)
     return {"run": str(run_dir), "reason": "signal", "detail": detail, "step": step, "checkpoint": newest}
 

@@ -318,9 +318,10 @@ def data_identity(config: RunConfig, data: DataBundle) -> dict[str, Any]:
         "validation_fraction": config.data.validation_fraction,
         "windows": data.train.windows,
         "context_length": data.train.context_length,
-        "batch_sequences": data.train.batch_sequences,
+        "batch_sequences": data.train.sizes.sizes[-1],
         "reset_at_documents": data.train.reset_at_documents,
         "seed": config.seed,
+        **({"batch_ramp": ramp.model_dump()} if (ramp := config.train.batch_ramp).start_tokens is not None else {}),
         **data.identity,
     }
 

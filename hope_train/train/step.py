@@ -30,7 +30,7 @@ def optimizer_step(
     engine.check(report)
     if report.applied:
         return loss, report, []
-    windows = source.window_numbers(index * source.batch_sequences, source.batch_sequences)
+    windows = source.window_numbers(*source.sizes.samples_of(index))
     finite = torch.isfinite(sums_M).cpu().numpy()
     bad = np.repeat(~finite, config.micro_batch_size)[: len(windows)]
     return loss, report, (windows if finite.all() else windows[bad]).tolist()

@@ -29,7 +29,7 @@ def data_failure(source: BatchSource, mesh: Mesh, index: int) -> str | None:
 
 def data_state(source: BatchSource, mesh: Mesh, step: int) -> dict[str, Any]:
     """The place of the data of all ranks, to go on with global batch `step`. Every rank calls it."""
-    return merge_states(mesh.team.gather(source.state(step * source.batch_sequences))) if source.reads_on else {}
+    return merge_states(mesh.team.gather(source.state(source.sizes.first_sample(step)))) if source.reads_on else {}
 
 
 def data_metrics(source: BatchSource, mesh: Mesh) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipelines.batches import WindowSource, open_data
 from data_pipelines.pack import CorpusSplit
 from data_pipelines.tokenizer import Tokenizer
+from hope_train.config.batches import BatchSizes
 from hope_train.config.data import DataConfig
 from hope_train.config.train import TrainConfig
 from hope_train.errors import UserError
@@ -28,7 +29,7 @@ def make_source(
     values = np.arange(tokens, dtype=np.uint32) + 2
     values[::every] = EOT
     split = CorpusSplit("train", values, np.arange(0, tokens, every), tokens // every, tokens, Path("none"))
-    return WindowSource(split, length, rows, seed, reset, EOT)
+    return WindowSource(split, length, BatchSizes.constant(rows), seed, reset, EOT)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12])

@@ -19,6 +19,7 @@ from data_pipelines.pack import CorpusSplit
 from data_pipelines.tokenising import tokenise
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.windows import BlendSource, WindowSource, blend_table
+from hope_train.config.batches import BatchSizes
 from hope_train.config.data import DataConfig
 from hope_train.config.train import TrainConfig
 from hope_train.errors import UserError
@@ -81,8 +82,10 @@ def counting_split(first: int, tokens: int) -> CorpusSplit:
 
 def blend(rows: int = 24, weights: tuple[float, ...] = (0.2, 0.5, 0.3)) -> BlendSource:
     splits = [counting_split(10_000 * (n + 1), 7 * 50 * (n + 1) + 1) for n in range(len(weights))]
-    parts = [WindowSource(split, 7, rows, 5, True, EOT, f"source-{n}") for n, split in enumerate(splits)]
-    return BlendSource(parts, weights, rows)
+    parts = [
+        WindowSource(split, 7, BatchSizes.constant(rows), 5, True, EOT, f"source-{n}") for n, split in enumerate(splits)
+    ]
+    return BlendSource(parts, weights, BatchSizes.constant(rows))
 
 
 BLEND = blend()

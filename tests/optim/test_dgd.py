@@ -48,7 +48,7 @@ def watched(net: Net, samples: int = 8, **dgd: Any) -> torch.optim.Optimizer:
     built = rule.build([group])
     for part in built.param_groups:
         part["lr"] = RATE
-    rule.watch(net, samples)
+    rule.watch(net, lambda: samples)
     return built
 
 

@@ -93,16 +93,16 @@ class RandomBatches:
 
     def __init__(self, config: RunConfig) -> None:
         self.vocab, self.length = config.model.vocab_size, config.train.context_length
-        self.batch_sequences = config.train.batch_tokens // self.length
+        self.sizes = config.train.batches
 
     def batch(self, index: int, rank: int = 0, ranks: int = 1) -> Batch:
-        generator = np.random.default_rng(index)
-        tokens = generator.integers(0, self.vocab, (self.batch_sequences, self.length + 1))
-        starts = generator.random((self.batch_sequences, self.length)) < 0.1
+        generator, (_, count) = np.random.default_rng(index), self.sizes.samples_of(index)
+        tokens = generator.integers(0, self.vocab, (count, self.length + 1))
+        starts = generator.random((count, self.length)) < 0.1
         starts[:, 0] = True
         targets = tokens[:, 1:].copy()
         targets[generator.random(targets.shape) < 0.15] = -100
-        share = self.batch_sequences // ranks
+        share = count // ranks
         rows = slice(rank * share, (rank + 1) * share)
         return Batch(tokens[rows, :-1].copy(), targets[rows], starts[rows])
 

@@ -333,7 +333,7 @@ def not_finite(rank: int, name: str) -> list[tuple[bool, int, int]]:
         _, report, windows = optimizer_step(engine, source, config.train, index, measure=False)
         same = all(torch.equal(p, before[key]) for key, p in engine.model.named_parameters())
         assert same != report.applied, "a refused step changes nothing"
-        assert len(windows) == (0 if report.applied else source.batch_sequences)
+        assert len(windows) == (0 if report.applied else source.sizes.sizes[-1])
         found.append((report.applied, report.step, report.skipped))
     return found
 
