@@ -41,6 +41,7 @@ SECTIONS = {
     "optimizer": "Optimizer",
     "optimizer.schedule": "Learning-rate schedule",
     "train": "The loop",
+    "train.batch_ramp": "Growing batches",
     "parallel": "Devices",
     "eval": "Evaluation",
     "checkpoint": "Checkpoints",

@@ -125,9 +125,12 @@ def take_step(run: Session, index: int, measure: bool) -> tuple[float, StepRepor
 
 def metrics_row(run: Session, loss: float, report: StepReport, tokens: int) -> Row:
     """A line of metrics.jsonl; `tokens` were trained on since the last one."""
+    train = run.config.train
+    grows = {"batch_tokens": train.tokens_in(run.progress.step - 1)} if len(train.batches.sizes) > 1 else {}
     return {
         "step": run.progress.step,
         "tokens": run.progress.tokens,
+        **grows,
         "loss": loss if np.isfinite(loss) else None,
         **report.metrics(),
         **data_metrics(run.data.train, run.engine.mesh),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hope_train.config.batches import BatchRampConfig
 from hope_train.config.load import validate
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
@@ -40,6 +41,13 @@ def test_the_largest_that_divides_the_batch(
     assert (layout.nodes, layout.ranks_per_node) == expected
     assert layout.sizes.world == layout.ranks
     assert rows % (layout.sizes.dp * micro) == 0
+
+
+def test_every_batch_of_a_ramp_is_divided() -> None:
+    grown = config(24)
+    ramp = BatchRampConfig(start_tokens=6 * 32, increment_tokens=9 * 32, over_tokens=100 * 32)
+    grown = grown.model_copy(update={"train": grown.train.model_copy(update={"batch_ramp": ramp})})
+    assert elastic_layout(grown, 8, 1).sizes.dp == 3
 
 
 def test_no_larger_one_would_do() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,14 @@ def make_config(
     micro: int = 2,
     rows: int = 8,
     optimizer: dict[str, Any] | None = None,
+    ramp: Sequence[int] = (),
     **parallel: Any,
 ) -> RunConfig:
-    """Some layers of four heads, micro-batches of `micro` of `rows` rows of 16 tokens, clipping always active."""
+    """Some layers of four heads, micro-batches of `micro` of `rows` rows of 16 tokens, clipping always active.
+
+    ramp: rows of the first batch, what they grow by, and over how many rows.
+    """
+    names = ("start_tokens", "increment_tokens", "over_tokens")
     tree = {
         "seed": 5,
         "model": {
@@ -78,6 +84,7 @@ def make_config(
             "context_length": 16,
             "batch_tokens": 16 * rows,
             "micro_batch_size": micro,
+            "batch_ramp": {name: 16 * rows for name, rows in zip(names, ramp, strict=False)},
             "tokens": 16 * rows * STEPS,
             "clip_norm": 0.02,
             "loss_chunk": 10,

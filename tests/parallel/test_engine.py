@@ -99,6 +99,12 @@ def test_ten_steps_are_those_of_one_process(gang: Gang, arch: str, dtype: str, t
     check(gang, arch, dtype, tied, *LAYOUTS[layout])
 
 
+@pytest.mark.parametrize("layout", ["dp2", "fsdp2-not-kept"])
+def test_growing_batches(gang: Gang, layout: str) -> None:
+    # Batches of 2, 2, 2, 4, 6 and then 8 rows: slow levels collect batches of several sizes.
+    check(gang, "hope_attention", "float64", True, *LAYOUTS[layout], micro=1, ramp=(2, 2, 15))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(

@@ -133,3 +133,11 @@ def test_what_leaves_no_room_for_a_rule_is_refused(name: str, changes: dict[str,
     sizes = MeshSizes(pp=config.parallel.pp, dp_shard=config.parallel.dp_shard)
     with pytest.raises(UserError, match=f"optimizer.name={name} .* {said}"):
         check_supported(config, Mesh(sizes, torch.device("cpu")))
+
+
+def test_delta_gradient_descent_counts_the_tokens_of_a_growing_batch() -> None:
+    rule = {**OPTIONS["dgd"], "schedule": {"kind": "constant"}}
+    grown = cases.train("hope_attention", "float64", steps=1, optimizer=rule, ramp=(2, 2, 15))
+    small = cases.train("hope_attention", "float64", steps=1, optimizer=rule, rows=2)
+    for name, tensor in small["final"].items():
+        assert torch.equal(grown["final"][name], tensor), name

@@ -18,10 +18,19 @@ STREAM = [
 ]
 
 
-def test_two_ranks_one_process_two_ranks_on_a_stream(gang: Gang, tiny: Tiny) -> None:
-    assert tiny.train("one", *ALL, *STREAM) == 0
+GROWING = [
+    *("train.batch_tokens=256", "train.tokens=1200", "train.batch_ramp.start_tokens=64"),
+    *("train.batch_ramp.increment_tokens=64", "train.batch_ramp.over_tokens=600"),
+]
+"""Tokens of the batches: 64 four times, 128 twice, 192, 256 twice."""
+
+
+@pytest.mark.parametrize("growing", [[], GROWING], ids=["equal batches", "growing batches"])
+def test_two_ranks_one_process_two_ranks_on_a_stream(gang: Gang, tiny: Tiny, growing: list[str]) -> None:
+    options = [*STREAM, *growing]
+    assert tiny.train("one", *ALL, *options) == 0
     workers = "data.stream.workers=1"
-    legs = [(2, [*STREAM, workers], 3), (1, STREAM, 6), (2, STREAM, 0)]
+    legs = [(2, [*options, workers], 3), (1, options, 6), (2, options, 0)]
     continue_elsewhere(gang, tiny, "moved", legs)
     assert_same_figures(tiny, "moved", "one")
     assert [row["data"] for row in tiny.metrics("moved")] == [row["data"] for row in tiny.metrics("one")]

@@ -77,6 +77,28 @@ def test_a_mesh_in_json(capsys):
     assert plan["pipeline"]["bubble_share"] == pytest.approx(1 / 9)
 
 
+def test_a_growing_batch_counts_each_of_its_steps(capsys):
+    ramp = ["train.batch_ramp.start_tokens=131072", "train.batch_ramp.increment_tokens=131072"]
+    words = [*MESH, "train.tokens=1e9", *ramp, "train.batch_ramp.over_tokens=2e8"]
+    assert plan_command(str(FOLDER / "hope_340m.yaml"), words, "h200", 16, as_json=True) == 0
+    plan = json.loads(capsys.readouterr().out)
+    days, tokens, steps = 0.0, 0, 0
+    for entry in plan["batches"]:
+        alone = [*MESH, f"train.tokens={entry['tokens'] * entry['steps']}", f"train.batch_tokens={entry['tokens']}"]
+        assert plan_command(str(FOLDER / "hope_340m.yaml"), alone, "h200", 16, as_json=True) == 0
+        part = json.loads(capsys.readouterr().out)
+        assert part["steps"] == entry["steps"]
+        days, steps = days + part["speed"]["days"], steps + entry["steps"]
+        tokens += entry["tokens"] * entry["steps"]
+    assert [entry["tokens"] for entry in plan["batches"]] == list(range(131072, 524289, 131072))
+    assert plan["speed"]["days"] == pytest.approx(days)
+    assert plan["speed"]["tokens_per_s"] == part["speed"]["tokens_per_s"], "of a full batch"
+    assert plan["steps"] == steps
+    assert 1e9 <= tokens < 1e9 + plan["batches"][-1]["tokens"]
+    assert plan_command(str(FOLDER / "hope_340m.yaml"), words, "h200", 16) == 0
+    assert "batches grow from 131,072 to 524,288 tokens" in " ".join(capsys.readouterr().out.split())
+
+
 def test_one_device_shows_no_mesh(capsys):
     assert plan_command(str(FOLDER / "hope_tiny.yaml"), [], "cpu") == 0
     assert "mesh" not in capsys.readouterr().out
