@@ -91,6 +91,8 @@ def tokenize_command(config_path: str, overrides: Sequence[str], out: str, worke
     config = load_config(config_path, overrides)
     tokenizer = open_tokenizer(config.data, config.model.vocab_size)
     say = _quiet if as_json else _say
+    if tokenizer.note is not None:
+        say(tokenizer.note)
     began = time.perf_counter()
     manifest = tokenise(config.data, tokenizer, Path(out).expanduser(), workers, say)
     figures = {

@@ -29,7 +29,8 @@ class HuggingFaceModel:
         if not _mentions(tree.get("decoder"), "ByteLevel"):
             raise UserError(
                 f"tokenizer {name}: only byte-level tokenizer.json files are known to lose nothing, and this one "
-                "is not byte-level: train one with `hope data tokenizer train`"
+                "is not byte-level: take the SentencePiece model (tokenizer.model) that it was made from, or train one "
+                "with `hope data tokenizer train`"
             )
         # Text that spells a special piece out is text: none of those comes from a document.
         self._model.encode_special_tokens = True

@@ -132,6 +132,8 @@ def stats_command(config_path: str, overrides: Sequence[str] = (), as_json: bool
         ("cache" if config.data.mode == "cached" else "place", figures["corpus"]["folder"]),
     ):
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
+    if bundle.tokenizer.note is not None:
+        console.print(bundle.tokenizer.note, markup=False, highlight=False, soft_wrap=True)
     for entry in figures["by_source"]:
         if entry["split"] == "train" and entry["records"]:
             said = ", ".join(f"{number(count)} {name}" for name, count in entry["records"].items())

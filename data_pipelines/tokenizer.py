@@ -1,9 +1,10 @@
 """SentencePiece without loss: decode(encode(text)) == text for every valid Unicode text.
 
-SentencePiece normalises, collapses white space and adds a space in front by default; all of that is switched off.
-One loss is left in the library: it writes a space as U+2581 inside, so that a U+2581 of the text would come back as a
-space. Here that character never reaches it: the text is cut there and the character's three UTF-8 bytes go between
-the parts as byte pieces.
+SentencePiece normalises, collapses white space and adds a space in front by default. Models trained here do not; in
+models made elsewhere (Llama 2's, Mistral's) it is switched off as they are loaded: same pieces, same numbers, and text
+as it stands. One loss is left in the library: it writes a space as U+2581 inside, so that a U+2581 of the text would
+come back as a space. Here that character never reaches it: the text is cut there and the character's three UTF-8 bytes
+go between the parts as byte pieces.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from hope_train.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 SPACE_MARK = "\u2581"
 _SEGMENT = 1 << 16
+# normalizer_spec { precompiled_charsmap: "" add_dummy_prefix: false remove_extra_whitespaces: false }, as the end of a
+# ModelProto: serialised messages that follow each other are merged, the last value of a field wins (Protocol Buffers,
+# Encoding, "Last One Wins").
+_LEAVE_TEXT_ALONE = bytes([3 << 3 | 2, 6, 2 << 3 | 2, 0, 3 << 3, 0, 4 << 3, 0])
 # Everything that a lossy model was seen to change.
 _PROBE = (
     " two  spaces \t\r\n\n\u2581 \0\u0007 ﬁ ½ Å e\u0301 漢字 🙂 \ufeff\u00a0\u3000 "
@@ -35,7 +40,8 @@ class Tokenizer:
     """A lossless SentencePiece model, or a byte-level tokenizer.json of Hugging Face's, with an end-of-text piece.
 
     Attributes: `path` (where the model came from), `proto` (the file's bytes), `vocab_size` (number of pieces),
-    `eot_id` (end of text; no text encodes to it), `fingerprint` (sha256 of the file, in hex).
+    `eot_id` (end of text; no text encodes to it), `fingerprint` (sha256 of the file, in hex), `rewrites` (the model's
+    own use changes text, by a space in front or by normalisation, which is left off here).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,16 +71,43 @@ class Tokenizer:
                 raise RuntimeError("the file is empty")
             # A tokenizer.json of Hugging Face's is JSON; no model file of SentencePiece begins like that.
             self._foreign = HuggingFaceModel(proto, name) if proto.lstrip().startswith(b"{") else None
-            processor: Any = self._foreign or sentencepiece.SentencePieceProcessor(model_proto=proto)
-            self._model = processor
+            self._open(proto)
+            self.rewrites = self._foreign is None and self._mark is not None and not self._keeps(_PROBE)
+            if self.rewrites:
+                self._open(proto + _LEAVE_TEXT_ALONE)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"tokenizer {name}: not a SentencePiece model file ({reason})") from None
+        if self.eot_id < 0:
+            raise UserError(f"tokenizer {name}: it has no end-of-text piece (SentencePiece's eos); train one that has")
+        if not self._keeps(_PROBE):
+            why = (
+                ""
+                if self._mark is not None
+                else ": it was trained without byte_fallback, so unknown characters are lost"
+            )
+            raise UserError(
+                f"tokenizer {name}: it is not lossless (decode(encode(text)) != text), so perplexities per word or "
+                f"byte would be wrong{why}; train one with `hope data tokenizer train`"
+            )
+
+    @property
+    def note(self) -> str | None:
+        """What somebody who uses the model elsewhere has to know, in a line."""
+        if not self.rewrites:
+            return None
+        return (
+            f"tokenizer {self.path} is made to put a space in front of a text or to normalise it: that is left off, so "
+            "that nothing is lost; tokens made by it elsewhere may differ there"
+        )
+
+    def _open(self, proto: bytes) -> None:
+        """Raises RuntimeError for what is no model."""
+        processor: Any = self._foreign or sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self._model = processor
         self.vocab_size: int = self._model.get_piece_size()
         self.eot_id: int = self._model.eos_id()
         self._unknown: int = self._model.unk_id()
-        if self.eot_id < 0:
-            raise UserError(f"tokenizer {name}: it has no end-of-text piece (SentencePiece's eos); train one that has")
         self._mark: list[int] | None
         if self._foreign is not None:
             self._bytes, self._mark = self._foreign.pieces, []
@@ -82,11 +115,10 @@ class Tokenizer:
             self._bytes = [self._piece_bytes(token) for token in range(self.vocab_size)]
             mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
             self._mark = mark if all(self._model.is_byte(token) for token in mark) else None
-        if self._mark is None or self.decode(self.encode(_PROBE)) != _PROBE:
-            raise UserError(
-                f"tokenizer {name}: it is not lossless (decode(encode(text)) != text), so perplexities per word or "
-                "byte would be wrong; train one with `hope data tokenizer train`"
-            )
+
+    def _keeps(self, text: str) -> bool:
+        """Whether a text comes back."""
+        return self._mark is not None and self.decode(self.encode(text)) == text
 
     def _piece_bytes(self, token: int) -> bytes:
         """The text a piece stands for, in UTF-8. A byte piece may be a part of a character."""

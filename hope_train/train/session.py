@@ -181,6 +181,7 @@ def open_session(
     notes, complete, found = team.on_first(look)
     if complete:
         return None
+    notes += [tokenizer.note] if tokenizer.note is not None else []
     prepare_torch(config)
     evaluator = team.together(lambda: Evaluator(config, tokenizer, mesh.device))
     data = team.together(lambda: open_data(config.data, config.train, config.seed, config.model.vocab_size))

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import yaml
 
@@ -16,7 +17,7 @@ from hope_train.checkpoint.manifest import verify
 from hope_train.checkpoint.store import load_model
 from hope_train.errors import UserError
 from hope_train.train import session as session_module
-from tests.train.tiny import STEPS, Tiny, assert_same_run, assert_same_tensors, lines
+from tests.train.tiny import STEPS, WORDS, Tiny, assert_same_run, assert_same_tensors, lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -348,3 +349,23 @@ def test_a_logger_that_is_not_installed(tiny: Tiny, name: str, monkeypatch: pyte
 def test_memory_compilation_without_a_memory(tiny: Tiny) -> None:
     message = refused(tiny, "a", *tiny.model("transformer_pp"), "train.compile=memory")
     assert "arch=transformer_pp has no memory" in message
+
+
+def test_a_tokenizer_made_elsewhere_trains_and_says_what_it_leaves_off(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.folder / "llama.model"
+    with model.open("wb") as writer:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(" ".join(WORDS) for _ in range(9)),
+            model_writer=writer,
+            model_type="bpe",
+            vocab_size=300,
+            byte_fallback=True,
+            minloglevel=3,
+        )
+    assert tiny.train("one", f"data.tokenizer={model}", "train.tokens=256") == 0
+    assert f"tokenizer {model} is made to put a space in front of a text" in capsys.readouterr().out
+    heldout = [row for row in tiny.evaluations("one") if "validation_loss" in row]
+    assert heldout[-1]["validation_loss"] < heldout[0]["validation_loss"]
+    assert tiny.train("one", f"data.tokenizer={model}", "train.tokens=384", force=True) == 0, "by its fingerprint"
