@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -61,6 +62,25 @@ def test_a_run_on_a_stream_is_resumed_exactly(streaming: Tiny) -> None:
         assert_same_run(streaming, f"killed-{step}", "whole")
     trainer = json.loads((streaming.checkpoint("whole", STEPS) / "trainer.json").read_text())
     assert set(trainer["data"]["lanes"]) == {"0", "1", "2"}
+
+
+def test_every_fault_has_its_counter_in_the_metrics(streaming: Tiny, text: Path) -> None:
+    good = (text / "part-0.jsonl").read_bytes()
+    bad = (
+        b'{"text": "caf\xe9"}\n{"text": "half\n[1]\n{"body": "x"}\n{"text": "\\ud800"}\n{"text": ""}\n{"text": "ab"}\n'
+    )
+    long = json.dumps({"text": "river " * 180_000}).encode() + b"\n"
+    (text / "part-0.jsonl").write_bytes(bad + long + good)
+    (text / "torn.jsonl.gz").write_bytes(gzip.compress(good)[:-20])
+    with pytest.raises(UserError, match=r"part-0\.jsonl:1: .*not UTF-8"):
+        streaming.train("stops", *levels(*ALL))
+    source = json.dumps({"path": str(text), "min_characters": 3})
+    skips = ("data.on_fault=skip", f"data.sources=[{source}]", "data.stream.shuffle_documents=256")
+    assert streaming.train("skips", *levels(*ALL), *skips) == 0
+    counts = streaming.metrics("skips")[-1]["data"]
+    expected = {"not_utf8": 1, "not_json": 2, "no_text": 1, "not_unicode": 1, "empty": 1, "too_short": 1, "long": 1}
+    assert {name: counts.get(name) for name in expected} == expected
+    assert counts["damaged"] == 1
 
 
 def test_another_corpus_is_refused_by_name(streaming: Tiny, text: Path) -> None:
