@@ -176,7 +176,7 @@ def open_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     """The tokenizer of a run. Raises UserError if there is none or it does not fit the model's vocabulary."""
     if data.tokenizer is None:
         raise UserError("data.tokenizer is not set: name a SentencePiece model; `hope data tokenizer train` makes one")
-    tokenizer = Tokenizer(data.tokenizer)
+    tokenizer = Tokenizer(data.tokenizer, data.lossy_tokenizer)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} pieces, model.vocab_size is {vocab_size}: "

@@ -38,7 +38,7 @@ class Recipe:
 
     def open(self) -> tuple[Corpus, int]:
         """The corpus and the end-of-text id. Raises UserError."""
-        tokenizer = Tokenizer.from_proto(self.proto, self.tokenizer_name)
+        tokenizer = Tokenizer.from_proto(self.proto, self.tokenizer_name, self.data.lossy_tokenizer)
         shards = list_shards(self.data.sources, self.data.hub_timeout, self.indexes)
         return Corpus(self.data, shards, tokenizer, self.seed), tokenizer.eot_id
 

@@ -17,13 +17,19 @@ class HuggingFaceModel:
     Attributes: `pieces`, the bytes that each piece stands for; special pieces stand for nothing.
     """
 
-    def __init__(self, proto: bytes, name: str) -> None:
-        """Raises UserError for a file that is not byte-level, or has no end-of-text piece."""
+    def __init__(self, proto: bytes, name: str, as_it_is: bool = True) -> None:
+        """as_it_is: False: without a normaliser (Qwen's composes characters) and without a space in front.
+
+        Raises UserError for a file that is not byte-level, or has no end-of-text piece.
+        """
         import tokenizers
 
         try:
-            self._model = tokenizers.Tokenizer.from_str(proto.decode("utf-8"))
-            tree = json.loads(proto)
+            text = proto.decode("utf-8")
+            tree = json.loads(text)
+            if not as_it_is:
+                text = json.dumps(_without_space({**tree, "normalizer": None}))
+            self._model = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # The library raises plain Exceptions.
             raise UserError(f"tokenizer {name}: not a tokenizer.json ({' '.join(str(error).split())})") from None
         if not _mentions(tree.get("decoder"), "ByteLevel"):
@@ -68,6 +74,12 @@ class HuggingFaceModel:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special ones."""
         return [found.ids for found in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _without_space(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: False if key == "add_prefix_space" else _without_space(value) for key, value in tree.items()}
+    return [_without_space(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _mentions(tree: Any, kind: str) -> bool:

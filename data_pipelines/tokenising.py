@@ -172,7 +172,7 @@ def _start_worker(tree: dict[str, Any], proto: bytes, name: str, out: str, ignor
     if ignore_interrupts:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers.
     _Job.data = DataConfig.model_validate(tree)
-    _Job.tokenizer = Tokenizer.from_proto(proto, name)
+    _Job.tokenizer = Tokenizer.from_proto(proto, name, _Job.data.lossy_tokenizer)
     _Job.out = Path(out)
     _Job.shards = list_shards(_Job.data.sources, _Job.data.hub_timeout)
     _Job.plan = read_json(_Job.out / PLAN)

@@ -30,9 +30,10 @@ _SEGMENT = 1 << 16
 # Encoding, "Last One Wins").
 _LEAVE_TEXT_ALONE = bytes([3 << 3 | 2, 6, 2 << 3 | 2, 0, 3 << 3, 0, 4 << 3, 0])
 # Everything that a lossy model was seen to change.
-_PROBE = (
+_PROBES = (
     " two  spaces \t\r\n\n\u2581 \0\u0007 ﬁ ½ Å e\u0301 漢字 🙂 \ufeff\u00a0\u3000 "
-    "<unk> <s></s> <|endoftext|> <0x0A>\n "
+    "<unk> <s></s> <|endoftext|> <0x0A>\n ",
+    "no space in front",
 )
 
 
@@ -40,12 +41,16 @@ class Tokenizer:
     """A lossless SentencePiece model, or a byte-level tokenizer.json of Hugging Face's, with an end-of-text piece.
 
     Attributes: `path` (where the model came from), `proto` (the file's bytes), `vocab_size` (number of pieces),
-    `eot_id` (end of text; no text encodes to it), `fingerprint` (sha256 of the file, in hex), `rewrites` (the model's
-    own use changes text, by a space in front or by normalisation, which is left off here).
+    `eot_id` (end of text; no text encodes to it), `fingerprint` (sha256 of the file, in hex; `-lossy` behind it where
+    text is lost), `rewrites` (the model's own use changes text, by a space in front or by normalisation, which is left
+    off here), `lossless`.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Read a model file. Raises UserError if it is missing, unreadable, lossy or without an end-of-text piece."""
+    def __init__(self, path: str | Path, lossy: bool = False) -> None:
+        """Read a model file. `lossy`: one that loses text will do, and is used as it is.
+
+        Raises UserError if it is missing, unreadable, without an end-of-text piece, or lossy where that will not do.
+        """
         file = Path(path).expanduser()
         try:
             proto = file.read_bytes()
@@ -53,34 +58,37 @@ class Tokenizer:
             raise UserError(f"no tokenizer file {path}; `hope data tokenizer train` makes one") from None
         except OSError as error:
             raise UserError(f"tokenizer {path}: cannot be read: {error.strerror}") from None
-        self._load(proto, str(path))
+        self._load(proto, str(path), lossy)
 
     @classmethod
-    def from_proto(cls, proto: bytes, name: str = "(in memory)") -> Tokenizer:
+    def from_proto(cls, proto: bytes, name: str = "(in memory)", lossy: bool = False) -> Tokenizer:
         """A tokenizer from a model file's bytes; `name` stands for the path in messages. Raises as `__init__`."""
         tokenizer = cls.__new__(cls)
-        tokenizer._load(proto, name)
+        tokenizer._load(proto, name, lossy)
         return tokenizer
 
-    def _load(self, proto: bytes, name: str) -> None:
+    def _load(self, proto: bytes, name: str, lossy: bool) -> None:
         self.path = name
         self.proto = proto
         self.fingerprint = hashlib.sha256(proto).hexdigest()
         try:
             if not proto:
                 raise RuntimeError("the file is empty")
-            # A tokenizer.json of Hugging Face's is JSON; no model file of SentencePiece begins like that.
-            self._foreign = HuggingFaceModel(proto, name) if proto.lstrip().startswith(b"{") else None
-            self._open(proto)
-            self.rewrites = self._foreign is None and self._mark is not None and not self._keeps(_PROBE)
-            if self.rewrites:
-                self._open(proto + _LEAVE_TEXT_ALONE)
+            self._open(proto, as_it_is=True)
+            self.lossless, self.rewrites = self._keeps(), False
+            if not self.lossless and self._mark is not None:
+                self._open(proto, as_it_is=False)
+                self.lossless = self.rewrites = self._keeps()
+                if not self.lossless:
+                    self._open(proto, as_it_is=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"tokenizer {name}: not a SentencePiece model file ({reason})") from None
         if self.eot_id < 0:
             raise UserError(f"tokenizer {name}: it has no end-of-text piece (SentencePiece's eos); train one that has")
-        if not self._keeps(_PROBE):
+        if not self.lossless:
+            self.fingerprint += "-lossy"
+        if not self.lossless and not lossy:
             why = (
                 ""
                 if self._mark is not None
@@ -88,12 +96,18 @@ class Tokenizer:
             )
             raise UserError(
                 f"tokenizer {name}: it is not lossless (decode(encode(text)) != text), so perplexities per word or "
-                f"byte would be wrong{why}; train one with `hope data tokenizer train`"
+                f"byte would be wrong{why}; train one with `hope data tokenizer train`, or take it as it is with "
+                "data.lossy_tokenizer=true"
             )
 
     @property
     def note(self) -> str | None:
-        """What somebody who uses the model elsewhere has to know, in a line."""
+        """What somebody who uses the model has to know, in a line."""
+        if not self.lossless:
+            return (
+                f"warning: tokenizer {self.path} loses text (decode(encode(text)) != text): nothing is measured per "
+                "word or byte with it"
+            )
         if not self.rewrites:
             return None
         return (
@@ -101,9 +115,12 @@ class Tokenizer:
             "that nothing is lost; tokens made by it elsewhere may differ there"
         )
 
-    def _open(self, proto: bytes) -> None:
-        """Raises RuntimeError for what is no model."""
-        processor: Any = self._foreign or sentencepiece.SentencePieceProcessor(model_proto=proto)
+    def _open(self, proto: bytes, as_it_is: bool) -> None:
+        """as_it_is: False: with whatever changes text left off. Raises RuntimeError for what is no model."""
+        # A tokenizer.json of Hugging Face's is JSON; no model file of SentencePiece begins like that.
+        self._foreign = HuggingFaceModel(proto, self.path, as_it_is) if proto.lstrip().startswith(b"{") else None
+        added = b"" if as_it_is else _LEAVE_TEXT_ALONE
+        processor: Any = self._foreign or sentencepiece.SentencePieceProcessor(model_proto=proto + added)
         self._model = processor
         self.vocab_size: int = self._model.get_piece_size()
         self.eot_id: int = self._model.eos_id()
@@ -116,9 +133,9 @@ class Tokenizer:
             mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
             self._mark = mark if all(self._model.is_byte(token) for token in mark) else None
 
-    def _keeps(self, text: str) -> bool:
-        """Whether a text comes back."""
-        return self._mark is not None and self.decode(self.encode(text)) == text
+    def _keeps(self) -> bool:
+        """Whether text comes back."""
+        return all(self.decode(self.encode(text)) == text for text in _PROBES)
 
     def _piece_bytes(self, token: int) -> bytes:
         """The text a piece stands for, in UTF-8. A byte piece may be a part of a character."""
@@ -144,7 +161,7 @@ class Tokenizer:
         for text in texts:
             check_text(text, "tokenizer")
             entries: list[int] = []
-            for number, part in enumerate(text.split(SPACE_MARK)):
+            for number, part in enumerate(text.split(SPACE_MARK) if self._mark is not None else [text]):
                 if number:
                     entries.append(-1)
                 for segment in _segments(part):

@@ -120,7 +120,10 @@ class DataConfig(Section):
     name it, or count it and pass over it."""
 
     tokenizer: str | None = None
-    """A SentencePiece model file (made by `hope data tokenizer train`)."""
+    """A SentencePiece model file, made by `hope data tokenizer train` or elsewhere, or a byte-level tokenizer.json."""
+
+    lossy_tokenizer: bool = False
+    """Take a tokenizer that loses text (docs/data.md says which do), as it is. Nothing is measured per word or byte."""
 
     validation_fraction: float = Field(0.01, ge=0.0, lt=1.0)
     """Share of documents held out of training, chosen by a hash of each document's text. With too few documents

@@ -69,6 +69,11 @@ class Evaluator:
             raise UserError(f"context_length={self.context_length}: a window has at least 2 tokens")
         if splits is None:
             splits = ("validation", "test") if config.eval.test_at_end else ("validation",)
+        if not tokenizer.lossless and (config.eval.stateful or set(config.eval.protocols) - {"token"}):
+            raise UserError(
+                f"tokenizer {tokenizer.path} loses text, so perplexities per word or byte would be wrong: set "
+                "eval.protocols=[token] and eval.stateful=false"
+            )
         self.place = wikitext_place(config.eval.wikitext)
         self._texts: dict[str, Text] = {}
         self._tokens: dict[str, list[np.ndarray]] = {}

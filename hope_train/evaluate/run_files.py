@@ -35,7 +35,7 @@ def checkpoint_tokenizer(path: str | Path, config: RunConfig, fingerprint: str) 
     for file in wanted:
         if not file.is_file():
             continue
-        tokenizer = Tokenizer(file)
+        tokenizer = Tokenizer(file, lossy=fingerprint.endswith("-lossy"))
         if tokenizer.fingerprint == fingerprint:
             if tokenizer.vocab_size != config.model.vocab_size:
                 raise UserError(

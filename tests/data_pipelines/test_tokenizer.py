@@ -223,6 +223,21 @@ def test_models_that_lose_something_are_refused(texts: list[str], options: dict[
         Tokenizer.from_proto(made_elsewhere(texts, 120, **options), "other")
 
 
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_a_model_that_loses_text_is_taken_on_request_and_says_so(texts: list[str], model_type: str) -> None:
+    model = made_elsewhere(texts, 120, model_type=model_type)  # SentencePiece's defaults
+    tokenizer = Tokenizer.from_proto(model, "other", lossy=True)
+    assert not tokenizer.lossless
+    assert not tokenizer.rewrites
+    assert tokenizer.fingerprint == hashlib.sha256(model).hexdigest() + "-lossy"
+    assert "loses text" in str(tokenizer.note)
+    own = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in (*texts[:9], *SCRIPTS):
+        assert tokenizer.encode(text) == own.encode(text), "the model as it is"
+    assert tokenizer.count_unknowns(tokenizer.encode("river ᏣᎳᎩ stone")) == 1
+    assert tokenizer.decode(tokenizer.encode("river stone")) == " river stone"
+
+
 def test_a_model_without_end_of_text_is_refused(texts: list[str]) -> None:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -298,11 +313,27 @@ def _byte_level(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}, {"type": "Lowercase"}], ids=str)
+@pytest.mark.parametrize("space", [False, True])
+def test_what_a_tokenizer_of_hugging_face_changes_is_left_off(
+    byte_level: Path, tmp_path: Path, normalizer: dict[str, str] | None, space: bool
+) -> None:
+    tree = json.loads(byte_level.read_text())
+    tree["pre_tokenizer"]["add_prefix_space"] = space
+    (tmp_path / "other.json").write_text(json.dumps({**tree, "normalizer": normalizer}))
+    tokenizer = Tokenizer(tmp_path / "other.json")
+    assert tokenizer.rewrites == (space or normalizer is not None)
+    assert tokenizer.encode("River e\u0301  ") == Tokenizer(byte_level).encode("River e\u0301  ")
+    for text in SCRIPTS:
+        same_again(tokenizer, text)
+
+
 def test_lossy_and_unknown_tokenizers_of_hugging_face_are_refused(byte_level: Path, tmp_path: Path) -> None:
     tree = json.loads(byte_level.read_text())
+    words = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, tree["pre_tokenizer"]]}
     for name, change, said in (
         ("decoder", {"decoder": None}, "this one is not byte-level"),
-        ("lower", {"normalizer": {"type": "Lowercase"}}, "it is not lossless"),
+        ("words", {"pre_tokenizer": words}, "it is not lossless"),
         ("end", {"added_tokens": []}, "it has no end-of-text piece"),
     ):
         path = tmp_path / f"{name}.json"

@@ -16,6 +16,7 @@ from data_pipelines.tokenizer_training import train_tokenizer
 from hope_train.checkpoint.manifest import verify
 from hope_train.checkpoint.store import load_model
 from hope_train.errors import UserError
+from hope_train.generate import generate_command
 from hope_train.train import session as session_module
 from tests.train.tiny import STEPS, WORDS, Tiny, assert_same_run, assert_same_tensors, lines
 
@@ -369,3 +370,26 @@ def test_a_tokenizer_made_elsewhere_trains_and_says_what_it_leaves_off(
     heldout = [row for row in tiny.evaluations("one") if "validation_loss" in row]
     assert heldout[-1]["validation_loss"] < heldout[0]["validation_loss"]
     assert tiny.train("one", f"data.tokenizer={model}", "train.tokens=384", force=True) == 0, "by its fingerprint"
+
+
+def test_a_tokenizer_that_loses_text_trains_on_request_and_is_not_measured_per_word(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.folder / "defaults.model"
+    with model.open("wb") as writer:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(" ".join(WORDS) for _ in range(9)), model_writer=writer, vocab_size=30, minloglevel=3
+        )
+    options = ["model.vocab_size=30", f"data.tokenizer={model}", "train.tokens=256"]
+    with pytest.raises(UserError, match=r"it is not lossless .*data\.lossy_tokenizer=true"):
+        tiny.train("one", *options)
+    options.append("data.lossy_tokenizer=true")
+    with pytest.raises(UserError, match=r"loses text.*set eval\.protocols=\[token\]"):
+        tiny.train("one", *options)
+    assert tiny.train("one", *options, "eval.protocols=[token]") == 0
+    assert f"warning: tokenizer {model} loses text" in capsys.readouterr().out
+    assert all("word_ppl" not in row for row in tiny.evaluations("one"))
+    assert verify(tiny.checkpoint("one", 2)).tokenizer.endswith("-lossy")
+    stream = ("data.mode=streaming", "data.stream.lanes=2", "data.stream.workers=1")
+    assert tiny.train("two", *options, *stream, "eval.protocols=[token]") == 0
+    assert generate_command(str(tiny.dir("one")), [], "river", 2, 1.0, 1.0, 0, as_json=True) == 0
