@@ -82,13 +82,16 @@ def test_odd_numbers_of_micro_batches(gang: Gang, schedule: str, rows: int) -> N
     check(gang, "transformer_pp", "float64", True, 2, {"pp": 2, "schedule": schedule}, **SHAPE, rows=rows)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", "zbv", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpipe", "interleaved_1f1b"))]
+)
 def test_growing_batches(gang: Gang, schedule: str) -> None:
     # Batches of 2, 2, 2, 4, 6 and then 8 rows, a micro-batch each.
     options = {"pp": 2, "schedule": schedule}
     check(gang, "hope_attention", "float64", True, 2, options, **SHAPE, ramp=(2, 2, 15))
 
 
+@pytest.mark.slow
 def test_growing_batches_of_shards(gang: Gang) -> None:
     # Batches of 4, 4, 6, 6 and then 8 rows.
     check(gang, "hope_attention", "float64", True, *options_of("pp2-fsdp2", "1f1b"), **SHAPE, ramp=(4, 2, 15))

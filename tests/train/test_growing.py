@@ -30,7 +30,7 @@ STREAM = (
 
 
 @pytest.mark.parametrize("mode", ["cached", "streaming"])
-def test_a_run_resumed_at_every_step_ends_as_the_uninterrupted_one(tiny: Tiny, mode: str) -> None:
+def test_a_run_resumed_in_the_ramp_ends_as_the_uninterrupted_one(tiny: Tiny, mode: str) -> None:
     options = (*ALL, *RAMP, *(STREAM if mode == "streaming" else ()))
     assert tiny.train("whole", *options) == 0
     rows = tiny.metrics("whole")
@@ -39,7 +39,7 @@ def test_a_run_resumed_at_every_step_ends_as_the_uninterrupted_one(tiny: Tiny, m
     assert [row["step"] for row in tiny.evaluations("whole")] == [0, 4, 8, 9]
     assert (tiny.stopped("whole")["step"], tiny.stopped("whole")["tokens"]) == (STEPS, 1216)
     assert _totals(Places(tiny.dir("whole"))) == (STEPS, 1216)
-    for step in range(1, STEPS) if mode == "cached" else (3, 6, 7):
+    for step in (2, 4, 6, 7) if mode == "cached" else (5,):
         killed = f"killed-{step}"
         shutil.copytree(tiny.dir("whole"), tiny.dir(killed))
         (tiny.dir(killed) / "STOPPED.json").unlink()
