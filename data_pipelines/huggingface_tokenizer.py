@@ -28,7 +28,8 @@ class HuggingFaceModel:
             text = proto.decode("utf-8")
             tree = json.loads(text)
             if not as_it_is:
-                text = json.dumps(_without_space({**tree, "normalizer": None}))
+                cutting = _without_space(tree.get("pre_tokenizer"))
+                text = json.dumps({**tree, "normalizer": None, "pre_tokenizer": cutting})
             self._model = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # The library raises plain Exceptions.
             raise UserError(f"tokenizer {name}: not a tokenizer.json ({' '.join(str(error).split())})") from None

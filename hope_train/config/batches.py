@@ -29,7 +29,7 @@ class BatchRampConfig(Section):
     def _check(self) -> BatchRampConfig:
         missing = [name for name in BatchRampConfig.model_fields if getattr(self, name) is None]
         if 0 < len(missing) < len(BatchRampConfig.model_fields):
-            raise ValueError(f"{' and '.join(missing)}: set too, or leave all of start, increment and over_tokens null")
+            raise ValueError(f"set {' and '.join(missing)} too, or none of the three")
         return self
 
 

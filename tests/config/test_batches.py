@@ -107,7 +107,7 @@ def test_steps_warm_up_and_updates_follow_the_batches() -> None:
 @pytest.mark.parametrize(
     ("ramp", "said"),
     [
-        ({"over_tokens": None}, "`train.batch_ramp`: over_tokens: set too"),
+        ({"over_tokens": None}, "`train.batch_ramp`: set over_tokens too, or none of the three"),
         ({"start_tokens": 96}, "batch_ramp.start_tokens=96 is not a multiple of .*=64"),
         ({"increment_tokens": 32}, "batch_ramp.increment_tokens=32 is not a multiple of .*=64"),
         ({"start_tokens": 256}, "start_tokens=256 is not below batch_tokens=256"),
