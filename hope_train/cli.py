@@ -53,6 +53,7 @@ EXTRAS = {
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "matplotlib": "report",
+    "deepspeed": "deepspeed",
     "megatron": "megatron",
     "lm_eval": "lmeval",
     "transformers": "lmeval",

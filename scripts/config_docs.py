@@ -43,6 +43,7 @@ SECTIONS = {
     "train": "The loop",
     "train.batch_ramp": "Growing batches",
     "parallel": "Devices",
+    "parallel.deepspeed": "DeepSpeed",
     "eval": "Evaluation",
     "checkpoint": "Checkpoints",
     "log": "Loggers",

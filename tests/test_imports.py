@@ -60,6 +60,7 @@ LAZY = (
     "matplotlib",
     "transformers",
     "megatron",
+    "deepspeed",
 )
 # Where the name of a package is not the name one imports.
 DISTRIBUTIONS = {

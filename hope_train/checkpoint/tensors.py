@@ -18,6 +18,7 @@ from hope_train.checkpoint.sets import CORE, Contents, accumulator_set, contents
 from hope_train.errors import UserError
 from hope_train.levels.optimizer import LevelOptimizer
 from hope_train.levels.schedule import canonical_name, level_of, set_name
+from hope_train.parallel.fragments import Fragment
 
 State = dict[str, dict[str, Tensor]]
 """By shard set and name: parameters under the unsharded model's names, the optimizer's state as `optimizer.…`."""
@@ -120,11 +121,11 @@ class Staging:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor | Fragment) else tensor
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, DTensor):
+    if isinstance(tensor, DTensor | Fragment):
         if tensor._local_tensor.numel():
             tensor._local_tensor = tensor._local_tensor.pin_memory()
         return tensor

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from hope_train.config.deepspeed import merged, required
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 
@@ -42,6 +44,7 @@ def resolve_mesh(config: RunConfig, world: int, training: bool = True) -> MeshSi
     _check_tensor_parallel(config, sizes.tp)
     _check_pipeline(config, sizes.pp)
     if training:
+        _check_engine(config, sizes)
         _check_batch(config, sizes)
         _check_micro_batches(config, sizes)
     return sizes
@@ -64,6 +67,13 @@ def parts_per_rank(config: RunConfig) -> int:
     return {"interleaved_1f1b": config.parallel.stages_per_rank, "zbv": 2}.get(schedule, 1)
 
 
+def deepspeed_tree(config: RunConfig, sizes: MeshSizes) -> dict[str, Any]:
+    """What DeepSpeed is given for this run. Raises UserError where a user's own file contradicts the run's."""
+    settings = config.parallel.deepspeed
+    micro = config.train.micro_batch_size
+    return merged(settings, required(settings, micro, micro_batches(config, sizes), sizes.dp))
+
+
 def _sizes(config: RunConfig, world: int) -> MeshSizes:
     parallel = config.parallel
     fixed = parallel.pp * parallel.dp_shard * parallel.tp
@@ -82,6 +92,47 @@ def _sizes(config: RunConfig, world: int) -> MeshSizes:
             "parallel.dp_replicate=auto"
         )
     return sizes
+
+
+def _check_engine(config: RunConfig, sizes: MeshSizes) -> None:
+    """What the engine `deepspeed` cannot do and the native one can."""
+    if config.parallel.engine != "deepspeed":
+        return
+    settings, rules = config.parallel.deepspeed, config.optimizer
+    native = "or parallel.engine=native"
+    if sizes.pp > 1:
+        raise UserError(f"parallel.engine=deepspeed has no pipelines: set parallel.pp=1, {native}")
+    if sizes.dp_shard > 1:
+        raise UserError(
+            "parallel.engine=deepspeed shards by ZeRO, over all data-parallel ranks: set parallel.dp_shard=1 and "
+            f"parallel.deepspeed.stage, {native}"
+        )
+    if sizes.tp > 1 and config.model.vocab_size % sizes.tp:
+        raise UserError(
+            f"parallel.engine=deepspeed: megatron-core divides a vocabulary evenly, and model.vocab_size="
+            f"{config.model.vocab_size} has no {sizes.tp} equal parts: change one of them, {native}"
+        )
+    used = {rules.name, rules.vectors, rules.embeddings, rules.memories}
+    if used != {"adamw"} or rules.matrix_lr_scale != 1.0:
+        other = next(iter(sorted(used - {"adamw"})), "adamw with matrix_lr_scale")
+        raise UserError(
+            f"parallel.engine=deepspeed steps flat runs of numbers, which have no matrices: {other} cannot work on "
+            f"them; set optimizer.name=adamw (and vectors, embeddings, memories), {native}"
+        )
+    if config.parallel.check_collectives:
+        raise UserError(
+            "parallel.check_collectives counts the native engine's reductions; under parallel.engine=deepspeed every "
+            "gradient is reduced at every step: set parallel.check_collectives=false"
+        )
+    if config.train.compile == "model":
+        raise UserError(
+            "train.compile=model is untested under parallel.engine=deepspeed: set train.compile=memory or none, "
+            f"{native}"
+        )
+    if settings.offload_optimizer and settings.stage == 0:
+        raise UserError("parallel.deepspeed.offload_optimizer=true needs ZeRO: set parallel.deepspeed.stage=1, 2 or 3")
+    if settings.offload_parameters and settings.stage != 3:
+        raise UserError("parallel.deepspeed.offload_parameters=true needs parallel.deepspeed.stage=3")
 
 
 def _check_tensor_parallel(config: RunConfig, tp: int) -> None:
@@ -133,7 +184,8 @@ def _check_pipeline(config: RunConfig, pp: int) -> None:
 
 def _check_batch(config: RunConfig, sizes: MeshSizes) -> None:
     train, tp = config.train, sizes.tp
-    if config.parallel.sequence_parallel and train.context_length % tp:
+    divided = config.parallel.engine == "native" and config.parallel.sequence_parallel
+    if divided and train.context_length % tp:
         raise UserError(
             f"train.context_length={train.context_length} cannot be divided among parallel.tp={tp} ranks: change one "
             "of them, or set parallel.sequence_parallel=false"

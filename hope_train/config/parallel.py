@@ -7,10 +7,18 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from hope_train.config.base import Section
+from hope_train.config.deepspeed import DeepSpeedConfig
 
 
 class ParallelConfig(Section):
     """A mesh pp x dp_replicate x dp_shard x tp. One process alone needs none of it."""
+
+    engine: Literal["native", "deepspeed"] = "native"
+    """Who spreads the run over the mesh: this project's own engine on torch, or DeepSpeed's ZeRO over megatron-core's
+    layers (no pp, no dp_shard; only optimizer.name=adamw). Checkpoints are the same."""
+
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """engine=deepspeed: ZeRO."""
 
     pp: int = Field(1, ge=1)
     """Pipeline stages: layers are cut into this many consecutive parts, one per group of ranks."""
@@ -26,7 +34,8 @@ class ParallelConfig(Section):
     """Tensor parallelism: heads, hidden widths and the vocabulary are split over this many ranks."""
 
     sequence_parallel: bool = True
-    """tp: norms, CMS inputs and the residual stream are split along the tokens between the split products."""
+    """tp with engine=native: norms, CMS inputs and the residual stream are split along the tokens between the split
+    products."""
 
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"] = "1f1b"
     """pp: order of the micro-batches (torch.distributed.pipelining)."""

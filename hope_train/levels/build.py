@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from hope_train.levels.ranks import Ranks
 from hope_train.levels.schedule import LevelPlan
 from hope_train.optim.rule import make_rule
 from hope_train.optim.wholes import Wholes
+
+Kind = TypeVar("Kind", bound=LevelOptimizer)
 
 
 def build_optimizer(
@@ -24,7 +27,18 @@ def build_optimizer(
 
     ranks, wholes: how the levels and the rules ask other ranks; None: there are none.
     """
-    return LevelOptimizer(
+    return build_kind(LevelOptimizer, named_parameters, run, ranks, wholes)
+
+
+def build_kind(
+    kind: type[Kind],
+    named_parameters: Iterable[tuple[str, Tensor]],
+    run: RunConfig,
+    ranks: Ranks | None = None,
+    wholes: Wholes | None = None,
+) -> Kind:
+    """As `build_optimizer`, of an engine's own kind of level optimizer."""
+    return kind(
         named_parameters,
         LevelPlan.from_config(run),
         make_rule(run.optimizer, wholes),

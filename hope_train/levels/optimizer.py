@@ -83,13 +83,12 @@ class LevelOptimizer(torch.optim.Optimizer):
         )
         self._share()
 
-    @staticmethod
-    def _group(part: SetPlan, decay: bool, named: list[tuple[str, Tensor]]) -> dict[str, Any]:
+    def _group(self, part: SetPlan, decay: bool, named: list[tuple[str, Tensor]]) -> dict[str, Any]:
         """A parameter group of a set; made even when empty, since it carries the set's counters."""
         chosen = [
             (place, name, parameter)
             for place, (name, parameter) in enumerate(named)
-            if set_name(level_of(name)) == part.name and is_decayed(name, parameter.ndim) == decay
+            if set_name(level_of(name)) == part.name and is_decayed(name, self.ranks.dimensions(parameter)) == decay
         ]
         return {
             "params": [parameter for _, _, parameter in chosen],

@@ -30,6 +30,10 @@ class Ranks:
         """Whether every rank says so: no rank may apply a step that another one skips."""
         return finite
 
+    def dimensions(self, parameter: Tensor) -> int:
+        """Of the whole parameter. What the optimizer holds of it may be a run of its numbers."""
+        return parameter.ndim
+
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """What this step's backward has left for a parameter that the optimizer holds. Where that is a shard and its
         set is slow, this is the gradient of the whole, of this rank's samples."""

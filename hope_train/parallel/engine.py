@@ -84,6 +84,16 @@ class Engine:
         """The model, or this rank's part of it."""
         return self.spread.model
 
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        """The ranks that train on different samples. None where there is one."""
+        return None if self.data is None else self.data.group
+
+    @property
+    def collectors(self) -> int:
+        """Data-parallel ranks of which each holds what it has collected itself of a slow level's gradients."""
+        return self.mesh.sizes.dp
+
     # A step
 
     def batch(self, source: BatchSource, index: int) -> Batch:
@@ -92,7 +102,7 @@ class Engine:
 
     def total_scored(self, scored: int) -> int:
         """Scored tokens of the whole batch, from those of each rank's rows."""
-        if self.data is None:
+        if self.data_group is None:
             return scored
         return self.mesh.team.total(scored) * self.mesh.sizes.dp // self.mesh.sizes.world
 
@@ -150,11 +160,11 @@ class Engine:
 
     def all_rows(self, mine_M: Tensor) -> Tensor:
         """Figures of the micro-batches of every rank, in the order of the batch, from those of this one."""
-        if self.data is None:
+        if (group := self.data_group) is None:
             return mine_M
         whole_M = mine_M.new_zeros(self.mesh.sizes.dp * len(mine_M))
         whole_M[self.mesh.data_rank * len(mine_M) :][: len(mine_M)] = mine_M
-        dist.all_reduce(whole_M, group=self.data.group)
+        dist.all_reduce(whole_M, group=group)
         return whole_M
 
     def check(self, report: StepReport) -> None:
@@ -187,6 +197,11 @@ class Engine:
     def rows(self) -> Rows:
         """How accumulators that ranks hold each for itself lie in a checkpoint."""
         return Rows(self.mesh, self.spread.tensor)
+
+    # The end
+
+    def close(self) -> None:
+        """The run is over: let go of what others would stumble over."""
 
 
 class DataShares(Shares):
@@ -239,8 +254,18 @@ def check_supported(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def build_spread_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None) -> SpreadModel:
-    """The model with its initial weights."""
+def build_spread_model(
+    config: RunConfig,
+    mesh: Mesh,
+    dtype: torch.dtype | None = None,
+    tensor_parallel: type[TensorParallel] = TensorParallel,
+) -> SpreadModel:
+    """The model with its initial weights.
+
+    Args:
+        dtype: of the parameters; None: fp32.
+        tensor_parallel: who divides it.
+    """
     whole = mesh.sizes.pp == mesh.sizes.dp_shard == 1 and mesh.group("tp") is None
     if mesh.device_mesh is None or whole:
         return SpreadModel(build_model(config.model, config.seed).to(mesh.device, dtype))
@@ -251,7 +276,7 @@ def build_spread_model(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None 
             model = StageModel(config, mesh.coordinate("pp"), mesh.group("pp")).to(dtype=dtype)
     tensor = sharded = None
     if mesh.group("tp") is not None:
-        tensor = TensorParallel(model, mesh.device_mesh["tp"], config.parallel.sequence_parallel)
+        tensor = tensor_parallel(model, mesh.device_mesh["tp"], config.parallel.sequence_parallel)
         if isinstance(model, StageModel):
             model.region = tensor.region
     if mesh.sizes.dp_shard > 1:

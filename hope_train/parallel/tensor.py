@@ -98,15 +98,25 @@ class TensorParallel:
             for name, parameter in model.named_parameters()
         }
         self.region = Region(self.group, sequence_parallel)
-        self.vocabulary = VocabularyPart(model.config.vocab_size, self.group)
+        self.vocabulary = self.divide_vocabulary()
         model.vocabulary = self.vocabulary
         self._localize()
-        for name, module in model.named_modules():
+        self.place_exchanges()
+
+    def divide_vocabulary(self) -> VocabularyPart:
+        """What is done with this rank's rows of the vocabulary."""
+        return VocabularyPart(self.model.config.vocab_size, self.group)
+
+    def place_exchanges(self) -> None:
+        """Put exchanges into a model that has this rank's parts."""
+        if hasattr(self.model, "embed"):  # not in the middle of a pipeline
+            self.model.embed = VocabularyEmbedding(self.region, self.vocabulary, self.model.embed.weight)
+        for name, module in self.model.named_modules():
             split = split_of_module(name)
             if split is Split.SEQUENCE:
-                module.register_forward_hook(_after(self.region.enter))
+                module.register_forward_hook(after(self.region.enter))
             elif split is Split.ROWWISE:
-                module.register_forward_hook(_after(self.region.leave))
+                module.register_forward_hook(after(self.region.leave))
 
     @torch.no_grad()
     def _localize(self) -> None:
@@ -116,8 +126,6 @@ class TensorParallel:
             owner, _, leaf = name.rpartition(".")
             own = nn.Parameter(local, requires_grad=parameter.requires_grad)
             setattr(self.model.get_submodule(owner), leaf, own)
-        if hasattr(self.model, "embed"):  # not in the middle of a pipeline
-            self.model.embed = VocabularyEmbedding(self.region, self.vocabulary, self.model.embed.weight)
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of the whole parameter `name`, as a view."""
@@ -141,8 +149,10 @@ class TensorParallel:
             grad.copy_(part.view_as(grad))
 
 
-def _after(exchange: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+def after(exchange: Callable[[Any], Tensor]) -> Callable[..., Tensor]:
+    """A forward hook that passes a module's output through an exchange."""
+
+    def hook(module: nn.Module, arguments: Any, output: Any) -> Tensor:
         return exchange(output)
 
     return hook

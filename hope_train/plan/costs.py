@@ -260,7 +260,7 @@ def make_plan(
         speed=speed,
         fits=fits,
         suggestions=() if fits else tuple(suggest(config, kind, mesh)),
-        warnings=(*plan.warnings(), *_slow(speed, config), *_thin(config, mesh)),
+        warnings=(*plan.warnings(), *_slow(speed, config), *_thin(config, mesh), *_other_engine(config)),
     )
 
 
@@ -282,6 +282,15 @@ def plan_ranks(config: RunConfig, mesh: MeshSizes, on_accelerator: bool = True) 
         )
         for share in shares
     )
+
+
+def _other_engine(config: RunConfig) -> list[str]:
+    if config.parallel.engine == "native":
+        return []
+    return [
+        f"memory, traffic and speed are those of parallel.engine=native: {config.parallel.engine} shards otherwise, and "
+        "reduces every gradient at every step"
+    ]
 
 
 def _thin(config: RunConfig, mesh: MeshSizes) -> Iterator[str]:

@@ -19,6 +19,7 @@ from hope_train.config.mesh import resolve_mesh
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from hope_train.evaluate.run_files import pick_device
+from hope_train.parallel.engines import check_engine
 from hope_train.parallel.mesh import Mesh, close_mesh, open_mesh, process_rank, world_size
 from hope_train.parallel.slurm import adopt_step
 from hope_train.parallel.team import SharedError, Team
@@ -57,7 +58,8 @@ def train_command(config: str, overrides: Sequence[str], resume: str, force_conf
     beat("opening", 0)
     try:
         settings = team.alike(lambda: load_config(config, overrides))
-        team.alike(lambda: resolve_mesh(settings, world_size()))
+        sizes = team.alike(lambda: resolve_mesh(settings, world_size()))
+        team.alike(lambda: check_engine(settings, sizes))
         mesh = open_mesh(settings, pick_device(settings.train.device))
         code = train_on(mesh, settings, resume, force_config, as_json)
     except SharedError:

@@ -53,7 +53,7 @@ def rows_to_stack(run: Session) -> int | None:
 
     Every rank comes to the same answer.
     """
-    ranks, sets = run.engine.mesh.sizes.dp, run.optimizer.unfinished_sets()
+    ranks, sets = run.engine.collectors, run.optimizer.unfinished_sets()
     if ranks == 1 or not sets:
         return None
     limit = run.config.checkpoint.stacked_gib * 2**30

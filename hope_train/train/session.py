@@ -23,7 +23,8 @@ from hope_train.evaluate.loop import Evaluator
 from hope_train.levels.optimizer import LevelOptimizer
 from hope_train.machine import memory_bytes
 from hope_train.model.hope import HopeModel
-from hope_train.parallel.engine import Engine, build_engine
+from hope_train.parallel.engine import Engine
+from hope_train.parallel.engines import build_engine
 from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.stages import names_elsewhere
 from hope_train.plan.parameters import parameter_count
@@ -124,6 +125,7 @@ class Session:
                 self.display.say(f"warning: {file.path.name}: the last lines are lost: {error.strerror}")
         if self.leads:
             self.writer.fence.release()
+        self.engine.close()
 
 
 def is_complete(config: RunConfig, run_dir: Path, newest: Manifest | None) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.pipelining._utils import InferenceMode
 
 from data_pipelines.batches import Batch
@@ -24,7 +25,9 @@ from hope_train.errors import UserError
 from hope_train.model.hope import build_model
 from hope_train.optim import kinds
 from hope_train.optim.wholes import Job
-from hope_train.parallel.engine import Engine, build_engine
+from hope_train.parallel.engine import Engine
+from hope_train.parallel.engines import build_engine
+from hope_train.parallel.fragments import Fragment
 from hope_train.parallel.mesh import DIMENSIONS, Mesh, open_mesh
 from hope_train.parallel.micro import on_device
 from hope_train.parallel.wholes import MeshWholes, mesh_wholes, spread_of
@@ -125,11 +128,7 @@ def open_engine(config: RunConfig, dtype: str) -> Engine:
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, whatever the layout; `fold` has been called where it matters."""
     state = run_state(engine)
-    mine = {
-        f"{name}/{key}": (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
-        for name, part in state.items()
-        for key, tensor in part.items()
-    }
+    mine = {f"{name}/{key}": full(tensor).clone() for name, part in state.items() for key, tensor in part.items()}
     if (pipeline := engine.mesh.group("pp")) is None:
         return mine
     stages: list[dict[str, torch.Tensor]] = [{}] * engine.mesh.sizes.pp
@@ -138,6 +137,27 @@ def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     for held in stages:
         for name, tensor in held.items():
             assert torch.equal(whole.setdefault(name, tensor), tensor), f"{name} differs between stages"
+    return whole
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of which a tensor is a part on each rank."""
+    if not isinstance(tensor, Fragment):
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    whole, copies = torch.zeros(tensor.shape, dtype=tensor.dtype), torch.zeros(tensor.shape, dtype=torch.int64)
+    for chunk in tensor.__create_chunk_list__():
+        place = tuple(slice(first, first + size) for first, size in zip(chunk.offsets, chunk.sizes, strict=True))
+        whole[place] = tensor.__get_tensor_shard__(MetadataIndex("", chunk.offsets))
+        copies[place] = 1
+    everywhere = [(whole, copies)]
+    if dist.is_initialized():
+        everywhere = [everywhere[0]] * dist.get_world_size()
+        dist.all_gather_object(everywhere, (whole, copies))
+    assert torch.stack([held for _, held in everywhere]).sum(0).min() > 0, "every number is on some rank"
+    for other, held in everywhere:
+        whole = torch.where(held > 0, other, whole)
+    for other, held in everywhere:
+        assert torch.equal(torch.where(held > 0, other, whole), whole), "copies are alike"
     return whole
 
 
@@ -170,13 +190,15 @@ def train(
             engine.optimizer.fold()
             engine.optimizer.unfold()
     engine.optimizer.fold()
-    return {
+    found = {
         "held": list(engine.model.blocks),
         "initial": initial,
         "final": whole_state(engine),
         "reports": reports,
         "traffic": None if engine.data is None else engine.data.run.bytes,
     }
+    engine.close()
+    return found
 
 
 def counted(arch: str, steps: int, **options: Any) -> dict[str, Any]:
@@ -270,6 +292,7 @@ def save(folder: str, arch: str, steps: int, stack: bool = False, **options: Any
     expected = whole_state(engine) | own
     if engine.mesh.team.leads:
         fence.release()
+    engine.close()
     return expected
 
 
@@ -289,9 +312,9 @@ def load(folder: str, arch: str, **options: Any) -> dict[str, torch.Tensor]:
     load_progress(*found, engine)
     own = own_accumulators(engine)
     engine.optimizer.fold()
-    return whole_state(engine) | {"own": own}
-
-    return whole_state(engine)
+    read = whole_state(engine) | {"own": own}
+    engine.close()
+    return read
 
 
 def worked_on(arch: str, **options: Any) -> tuple[int, int]:

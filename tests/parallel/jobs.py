@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import signal
 import time
@@ -235,16 +236,18 @@ def taken_over_save(config: str, overrides: list[str], at: int, stage: str) -> t
         writer.write_manifest, writer.CheckpointWriter._publish = plain_manifest, plain_publish  # type: ignore[method-assign]
 
 
-def score(arch: str, windows: int, **options: Any) -> list[list[float]]:
+def score(arch: str, windows: int, dtype: str = "float64", **options: Any) -> list[list[float]]:
     """Scores of windows of many lengths, and of streams, shared over the ranks."""
-    engine = open_engine(make_config(arch, **options), "float64")
+    engine = open_engine(make_config(arch, **options), dtype)
     scorer = Scorer(engine.model, torch.device("cpu"), eot_id=0, batch_size=2, chunk=7, shares=engine.shares())
     generator = np.random.default_rng(0)
     texts = [generator.integers(0, 67, 3 + 5 * number) for number in range(windows)]
-    return [
+    found = [
         scorer.windows([Window(0, text, len(text) - 1) for text in texts]),
         scorer.streams(texts, length=6),
     ]
+    engine.close()
+    return found
 
 
 def data_sums(bucket_bytes: int) -> dict[str, Any]:
@@ -335,6 +338,28 @@ def not_finite(rank: int, name: str) -> list[tuple[bool, int, int]]:
         assert same != report.applied, "a refused step changes nothing"
         assert len(windows) == (0 if report.applied else source.sizes.sizes[-1])
         found.append((report.applied, report.step, report.skipped))
+    return found
+
+
+def zero_not_finite(rank: int, name: str, **options: Any) -> list[tuple[bool, int, int, bool]]:
+    """As `not_finite` under DeepSpeed: (applied, steps, skipped, gradient norm is finite) of three steps."""
+    config = make_config("hope_attention", **options)
+    engine = open_engine(config, "float32")
+    source: Any = RandomBatches(config)
+    parameter, found = engine.model.get_parameter(name), []
+    for index in range(3):
+        before = {key: p.clone() for key, p in engine.weights().items()}
+        hook = None
+        if index == 1 and dist.get_rank() == rank:
+            hook = parameter.register_hook(lambda grad: grad * float("inf"))
+        _, report, windows = optimizer_step(engine, source, config.train, index, measure=False)
+        if hook is not None:
+            hook.remove()
+        same = all(torch.equal(p, before[key]) for key, p in engine.weights().items())
+        assert same != report.applied, "a refused step changes nothing"
+        assert len(windows) == (0 if report.applied else source.batch_sequences)
+        found.append((report.applied, report.step, report.skipped, math.isfinite(report.grad_norm)))
+    engine.close()
     return found
 
 

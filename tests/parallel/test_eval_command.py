@@ -29,7 +29,13 @@ def test_figures_are_those_of_one_process(
     assert code == 0
     expected = json.loads(text)
     assert len(expected) == 3
-    for ranks, overrides in ((3, []), (2, ["parallel.tp=2"]), (4, ["parallel.tp=2"]), (4, ["parallel.pp=2"])):
+    for ranks, overrides in (
+        (3, []),
+        (2, ["parallel.tp=2"]),
+        (4, ["parallel.tp=2"]),
+        (4, ["parallel.pp=2"]),
+        (2, ["parallel.engine=deepspeed"]),
+    ):
         first, *others = gang.run(jobs.eval_run, ranks, arguments=[*arguments, *overrides])
         assert [other[:2] for other in others] == [(0, "")] * (ranks - 1)
         assert first[0] == 0, first
