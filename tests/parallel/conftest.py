@@ -35,12 +35,6 @@ def gang(gangs: dict[int, Gang], tmp_path_factory: pytest.TempPathFactory) -> Ga
 
 
 @pytest.fixture
-def gang_of_2(gangs: dict[int, Gang], tmp_path_factory: pytest.TempPathFactory) -> Gang:
-    """Two ranks, for libraries that have to have done the same in all processes of a job since they started."""
-    return _of(2, gangs, tmp_path_factory)
-
-
-@pytest.fixture
 def gang_of_8(gangs: dict[int, Gang], tmp_path_factory: pytest.TempPathFactory) -> Gang:
     """Eight of them."""
     return _of(8, gangs, tmp_path_factory)
