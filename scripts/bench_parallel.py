@@ -9,6 +9,7 @@
   neighbours.
 * `communication`: the share of a step's time that rank 0 spends in exchanges, and waiting for the other ranks in them,
   for each layout in `LAYOUTS`. Processes on one machine: what a network would add is not in it.
+* `engine`: a step's time and peak memory under this project's engine and under DeepSpeed, on the same ranks.
 * `sharded save and load`: a state of --gib, sharded over two ranks, through CheckpointWriter and load_state, against
   copies of the same files on the same disk (written and flushed; read from a warm cache on both sides).
 * `background save`: how long a save in the background keeps training waiting, against one that is waited for
@@ -33,6 +34,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from scripts.bench_engines import ENGINES, engine_row
 
 Row = dict[str, Any]
 
@@ -246,6 +249,12 @@ def communication(layout: str, steps: int) -> Row:
     }
 
 
+def engine_config(name: str) -> Any:
+    """Of a row of `ENGINES`: micro-batches of one sequence, so that data-parallel ranks have two."""
+    config = run_config(ENGINES[name][1])
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": 1})})
+
+
 # Checkpoints
 
 
@@ -394,6 +403,8 @@ def run_case(case: Row) -> Row:
     with process_group(rank, ranks, case["store"]):
         if case["row"] == "communication":
             return communication(case["layout"], case["steps"])
+        if case["row"] == "engine":
+            return engine_row(case["engine"], engine_config(case["engine"]), Source(), case["steps"])
         return sharded(case["gib"], case["dir"], case["repeats"])
 
 
@@ -437,6 +448,9 @@ def main(arguments: list[str]) -> int:
     for layout, (ranks, _) in LAYOUTS.items():
         case = {"row": "communication", "layout": layout, "steps": chosen.steps}
         show(f"communication {layout}", lambda case=case, ranks=ranks: spread(ranks, case))  # type: ignore[misc]
+    for engine, (ranks, _) in ENGINES.items():
+        case = {"row": "engine", "engine": engine, "steps": chosen.steps}
+        show(f"engine {engine}", lambda case=case, ranks=ranks: spread(ranks, case))  # type: ignore[misc]
     with tempfile.TemporaryDirectory(dir=chosen.dir, prefix="bench-parallel-") as place:
         case = {"row": "sharded save and load", "gib": chosen.gib, "dir": place, "repeats": chosen.repeats}
         show("sharded save and load", lambda: spread(2, case))

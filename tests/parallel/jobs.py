@@ -357,7 +357,7 @@ def zero_not_finite(rank: int, name: str, **options: Any) -> list[tuple[bool, in
             hook.remove()
         same = all(torch.equal(p, before[key]) for key, p in engine.weights().items())
         assert same != report.applied, "a refused step changes nothing"
-        assert len(windows) == (0 if report.applied else source.batch_sequences)
+        assert len(windows) == (0 if report.applied else source.sizes.sizes[-1])
         found.append((report.applied, report.step, report.skipped, math.isfinite(report.grad_norm)))
     engine.close()
     return found

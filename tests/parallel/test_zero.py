@@ -120,6 +120,14 @@ def test_bf16_follows_the_native_engine_to_its_precision(gang: Gang) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_batches_that_grow(gang: Gang, stage: int) -> None:
+    arguments = {"arch": "hope_attention", "dtype": "float32", "vocab": 68, "micro": 1, "ramp": (2, 2, 15)}
+    (found, _) = run(gang, cases.train, 2, **arguments, **zero(stage))
+    compare(found, cases.train(**arguments), "one process")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_recompute_repeats_the_exchanges(gang: Gang, stage: int) -> None:
     arguments = {"arch": "hope", "dtype": "float32", "recompute": True, "tp": 2 if stage == 1 else 1, **SMALL}

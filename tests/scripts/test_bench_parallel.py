@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from scripts import bench_parallel
+from scripts.bench_engines import ENGINES
 from scripts.bench_parallel import LAYOUTS, bars, mesh_of_one, overhead, process_group, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -56,6 +57,13 @@ def test_a_sharded_checkpoint_against_copies(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("copy_*"))
 
 
+def test_an_engine_s_row() -> None:
+    row = spread(2, {"row": "engine", "engine": "deepspeed stage 1, dp 2", "steps": 1})
+    assert "error" not in row
+    assert row["step_s"] > 0
+    assert row["peak_mib"] > row["libraries_mib"] > 0
+
+
 def test_bars() -> None:
     rows = [
         {"row": "overhead", "share": 0.031},
@@ -66,6 +74,6 @@ def test_bars() -> None:
 
 
 def test_layouts_are_configurations() -> None:
-    for ranks, parallel in LAYOUTS.values():
+    for ranks, parallel in (*LAYOUTS.values(), *ENGINES.values()):
         config = bench_parallel.run_config(parallel)
         assert ranks % (config.parallel.tp * config.parallel.pp * config.parallel.dp_shard) == 0
