@@ -288,8 +288,8 @@ def _other_engine(config: RunConfig) -> list[str]:
     if config.parallel.engine == "native":
         return []
     return [
-        f"memory, traffic and speed are those of parallel.engine=native: {config.parallel.engine} shards otherwise, and "
-        "reduces every gradient at every step"
+        f"memory, traffic and speed are those of parallel.engine=native: {config.parallel.engine} shards otherwise, "
+        "and reduces every gradient at every step"
     ]
 
 
