@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data, tokenise it; train tokenizers.", no_args_is_help=True)
 tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
-checkpoint_app = typer.Typer(help="List, verify, prune, export and compare checkpoints.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="List, verify, prune, convert and compare checkpoints.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(launch_app, name="launch")
@@ -367,6 +367,38 @@ def checkpoint_consolidate(
     from hope_train.checkpoint.commands import consolidate_command
 
     return consolidate_command(run, out, overwrite, as_json)
+
+
+@checkpoint_app.command("to-universal")
+def checkpoint_to_universal(
+    run: Run,
+    out: Annotated[str, typer.Option(metavar="FOLDER", help="The folder to write; it must not be there.")],
+    as_json: Json = False,
+) -> int:
+    """Write a checkpoint in DeepSpeed's universal format."""
+    from hope_train.checkpoint.commands import to_universal_command
+
+    return to_universal_command(run, out, as_json)
+
+
+@checkpoint_app.command("from-universal")
+def checkpoint_from_universal(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder in DeepSpeed's universal format.")],
+    out: Annotated[str, typer.Option(metavar="CHECKPOINT", help="The checkpoint to write; it must not be there.")],
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="A checkpoint of the same model, for what FOLDER does not say: configuration, tokenizer, data. "
+            "Default: what to-universal has left in FOLDER.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Make a checkpoint of what lies in DeepSpeed's universal format."""
+    from hope_train.checkpoint.commands import from_universal_command
+
+    return from_universal_command(folder, out, like, as_json)
 
 
 @checkpoint_app.command("diff")

@@ -1,6 +1,6 @@
-"""`hope checkpoint …`: what is there, is it whole, what may go, one file for use elsewhere, what differs.
+"""`hope checkpoint …`: what is there, is it whole, what may go, use elsewhere and back again, what differs.
 
-Nothing here but `consolidate` and `diff` needs torch.
+Nothing here but `consolidate`, `to-universal`, `from-universal` and `diff` needs torch.
 """
 
 from __future__ import annotations
@@ -242,6 +242,53 @@ def consolidate_command(path: str, out: str, overwrite: bool, as_json: bool) -> 
             f"{written['file']}: {written['tensors']} tensors, {written['parameters']:,} parameters, "
             f"{size_text(written['bytes'])}, of {folder} (step {manifest.step:,})"
         )
+    return 0
+
+
+def to_universal_command(path: str, out: str, as_json: bool) -> int:
+    """Write a checkpoint (or a run's newest whole one) into a new folder in DeepSpeed's universal format.
+
+    Raises UserError: no such checkpoint, damaged, not of AdamW; or `out` is there already or cannot be written.
+    """
+    from hope_train.checkpoint.store import find_checkpoint
+    from hope_train.checkpoint.universal.export import to_universal
+
+    folder, manifest = find_checkpoint(path)
+    written = to_universal(folder, manifest, Path(out).expanduser())
+    if as_json:
+        print(json.dumps(written, ensure_ascii=False))
+        return 0
+    print(
+        f"{out}: {written['parameters']} parameters with their moments, beside them {written['beside']} entries that the "
+        f"format has no place for, {size_text(written['bytes'])}, of {folder} (step {manifest.step:,})"
+    )
+    return 0
+
+
+def from_universal_command(path: str, out: str, like: str | None, as_json: bool) -> int:
+    """Make a checkpoint of what lies in DeepSpeed's universal format, and say what has been taken from where.
+
+    Raises UserError: no such folder, of another model; or `out` is there already or cannot be written.
+    """
+    from hope_train.checkpoint.store import find_checkpoint
+    from hope_train.checkpoint.universal.load import from_universal
+
+    origin = None if like is None else find_checkpoint(like)
+    made = from_universal(Path(path).expanduser(), Path(out).expanduser(), origin)
+    if as_json:
+        print(json.dumps(made, ensure_ascii=False))
+        return 0
+    print(
+        f"{out}: {made['parameters']} parameters with their moments, step {made['step']:,}, {made['tokens']:,} tokens"
+    )
+    if made["exact"]:
+        print(f"nothing has changed since {path} was written: all of it is as it was, to the bit")
+        return 0
+    print(f"from {path}: weights, moments and how many updates each has taken, of which step and tokens are made")
+    print(f"from {made['like']}: configuration, tokenizer, the order of the data, random generators")
+    print("anew: what slow levels collect of a period, refused steps, best and last losses")
+    if made["stream"]:
+        print(f"warning: data.mode is streaming, and goes on where {made['like']} was in its data")
     return 0
 
 
