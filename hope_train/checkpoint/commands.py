@@ -258,9 +258,10 @@ def to_universal_command(path: str, out: str, as_json: bool) -> int:
     if as_json:
         print(json.dumps(written, ensure_ascii=False))
         return 0
+    beside = f"beside them {written['beside']} entries that the format has no place for"
     print(
-        f"{out}: {written['parameters']} parameters with their moments, beside them {written['beside']} entries that the "
-        f"format has no place for, {size_text(written['bytes'])}, of {folder} (step {manifest.step:,})"
+        f"{out}: {written['parameters']} parameters with their moments, {beside}, {size_text(written['bytes'])}, "
+        f"of {folder} (step {manifest.step:,})"
     )
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hope_train.config.mesh import MeshSizes
 from hope_train.config.tree import RunConfig
 from hope_train.model.hope import HopeModel, build_model
 from hope_train.parallel.mesh import Mesh
+from hope_train.parallel.plan import split_of_parameter
 from hope_train.parallel.zero.engine import open_deepspeed
 
 Held = dict[str, dict[str, torch.Tensor]]
@@ -79,6 +81,40 @@ def held(model: HopeModel) -> Held:
         }
         for name, parameter in model.named_parameters()
     }
+
+
+def tensor_parallel_parts(folder: str, parts: int) -> dict[str, list[list[torch.Tensor]]]:
+    """What DeepSpeed's loader gives each tensor-parallel rank of every weight and of its first moment, flat."""
+    from deepspeed.checkpoint.universal_checkpoint import load_hp_checkpoint_state
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    found = {}
+    for place in sorted((Path(folder) / "zero").glob("*/")):
+        whole = torch.load(place / "fp32.pt", weights_only=True)["param"]
+        dim = split_of_parameter(place.name).dim
+        weights, moments = [], []
+        for rank in range(parts):
+            part = torch.empty_like(whole if dim is None else whole.chunk(parts, dim)[rank]).contiguous()
+            mapping = Mapping(part.flatten(), fragment_address(numel=part.numel(), start=0))
+            part._hp_mapping = mapping  # type: ignore[attr-defined]
+            load_hp_checkpoint_state(part, str(place), rank, parts)
+            weights.append(mapping.weights)
+            moments.append(mapping.optim_fragment["exp_avg"])
+        found[place.name] = [weights, moments]
+    return found
+
+
+@dataclass
+class Mapping:
+    """Of a parameter that lies in one piece on its rank, as the loader sees it."""
+
+    weights: torch.Tensor
+    lp_fragment_address: Any
+    optim_fragment: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def get_hp_fragment(self) -> torch.Tensor:
+        """Where the weights go."""
+        return self.weights
 
 
 def convert(source: Path, target: Path) -> None:

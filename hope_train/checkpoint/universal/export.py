@@ -61,7 +61,7 @@ def check_adam(kinds: Kinds, where: str) -> None:
                 if f"{OPTIMIZER}{key}.{name}" not in found:
                     raise UserError(
                         f"{where}: {name} has no {key}: DeepSpeed's universal format keeps Adam's state, so it takes "
-                        "runs of optimizer.rule=adamw"
+                        "runs of optimizer.name=adamw"
                     )
 
 

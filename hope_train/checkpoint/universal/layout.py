@@ -21,8 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hope_train.checkpoint.tensors import OPTIMIZER
+from hope_train.checkpoint.writer import one_line
 from hope_train.errors import UserError
 
 DEEPSPEED = "0.19.8"
@@ -82,7 +84,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         work.mkdir()
         yield work
         work.rename(out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    except (OSError, CheckpointException, RuntimeError) as error:  # what a save can end in
+        raise UserError(f"{out} cannot be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

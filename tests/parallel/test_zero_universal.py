@@ -1,4 +1,4 @@
-"""DeepSpeed's own loader reads what `to-universal` writes, and `from-universal` what DeepSpeed's own converter writes."""
+"""DeepSpeed's loader reads what `to-universal` writes, and `from-universal` what DeepSpeed's converter writes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from hope_train.checkpoint.manifest import verify
 from hope_train.checkpoint.store import find_checkpoint
 from hope_train.checkpoint.universal.export import to_universal
 from hope_train.checkpoint.universal.load import from_universal
-from tests.parallel import universal_jobs
+from hope_train.parallel.plan import split_of_parameter
+from hope_train.parallel.tensor import Layout
+from tests.parallel import jobs, universal_jobs
 from tests.parallel.harness import Gang
 from tests.parallel.zero_jobs import run
-from tests.train.tiny import Tiny, read_checkpoint
+from tests.train.tiny import Tiny, assert_same_tensors, read_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled"), pytest.mark.timeout(300)]
 
 STATE = {"fp32": "", "exp_avg": "optimizer.exp_avg.", "exp_avg_sq": "optimizer.exp_avg_sq."}
 
 
-def export(tiny: Tiny, step: int, *overrides: str) -> tuple[Path, Path]:
+def export(tiny: Tiny, step: int) -> tuple[Path, Path]:
     """A checkpoint of a run, and the same in DeepSpeed's format."""
     assert tiny.train("run", f"checkpoint.every={step}", "checkpoint.keep_last=9", f"train.tokens={128 * step}") == 0
     folder, out = tiny.checkpoint("run", step), tiny.folder / "universal"
@@ -40,7 +42,7 @@ def assert_holds(found: dict[str, dict[str, torch.Tensor]], checkpoint: Path) ->
             assert torch.equal(parts[key], flat[prefix + name]), f"{name}: {key}"
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_deepspeed_goes_on_from_a_checkpoint_and_back(gang: Gang, tiny: Tiny, stage: int) -> None:
     checkpoint, out = export(tiny, 3)  # levels 1 and 2 are in mid-period
     save = tiny.folder / "deepspeed"
@@ -63,7 +65,7 @@ def test_deepspeed_goes_on_from_a_checkpoint_and_back(gang: Gang, tiny: Tiny, st
     names = [f"level_{level}/optimizer.step.blocks.0.cms.levels.{level}.up.weight" for level in range(3)]
     assert [int(state[name]) for name in names] == [5, 3, 2]
     assert [int(state[f"level_{level}/optimizer.updates"]) for level in range(3)] == [5, 2, 1]
-    assert tiny.train("on", resume=str(tiny.folder / "back")) == 0
+    assert tiny.train("went_on", resume=str(tiny.folder / "back")) == 0
 
     # The same, with what to-universal had left put beside it.
     shutil.copytree(out / "hope_train", save / "universal" / "hope_train")
@@ -71,11 +73,12 @@ def test_deepspeed_goes_on_from_a_checkpoint_and_back(gang: Gang, tiny: Tiny, st
     assert_holds(ranks[0]["final"], tiny.folder / "again")
 
 
-def test_stage_3_takes_it_too(gang: Gang, tiny: Tiny) -> None:
+def test_stage_3_takes_it_in_one_group(gang: Gang, tiny: Tiny) -> None:
+    # Stage 3 reads one count of updates for everything, and gives all groups one tensor of it, which each advances.
     checkpoint, out = export(tiny, 3)
     save = tiny.folder / "deepspeed"
     ranks: list[Any] = run(
-        gang, universal_jobs.go_on, 2, folder=str(out), stage=3, steps=1, groups=True, save=str(save)
+        gang, universal_jobs.go_on, 2, folder=str(out), stage=3, steps=1, groups=False, save=str(save)
     )
     for found in ranks:
         assert_holds(found["loaded"], checkpoint)
@@ -84,7 +87,24 @@ def test_stage_3_takes_it_too(gang: Gang, tiny: Tiny) -> None:
     assert_holds(ranks[0]["final"], tiny.folder / "back")
 
 
-def test_one_group_takes_it_where_all_have_taken_as_many_updates(gang: Gang, tiny: Tiny) -> None:
-    _, out = export(tiny, 3)
-    with pytest.raises(AssertionError, match="Steps .* are not equal"):  # DeepSpeed's words
-        run(gang, universal_jobs.go_on, 2, folder=str(out), stage=1, steps=0, groups=False)
+def test_parts_for_tensor_parallelism_are_those_of_the_plan(gang: Gang, tiny: Tiny) -> None:
+    checkpoint, out = export(tiny, 3)
+    flat = {name.partition("/")[2]: tensor for name, tensor in read_checkpoint(checkpoint).items()}
+    (parts,) = run(gang, universal_jobs.tensor_parallel_parts, 1, folder=str(out), parts=2)
+    assert set(parts) == {name for name in flat if not name.startswith("optimizer.")}
+    for name, (weights, moments) in parts.items():
+        layout = Layout(tuple(flat[name].shape), split_of_parameter(name).dim)
+        for rank in range(2):
+            assert torch.equal(weights[rank], layout.part(flat[name], rank, 2).flatten()), name
+            whole = flat[f"optimizer.exp_avg.{name}"]
+            assert torch.equal(moments[rank], layout.part(whole, rank, 2).flatten()), name
+
+
+def test_stacked_accumulators_come_back(gang: Gang, tiny: Tiny) -> None:
+    arguments: dict[str, Any] = {"config": str(tiny.config), "overrides": ["name=stacked", "train.micro_batch_size=1"]}
+    assert run(gang, jobs.interrupted_run, 2, **arguments, rank=1, at=3) == [(0, "")] * 2
+    checkpoint, out = tiny.checkpoint("stacked", 3), tiny.folder / "universal"
+    to_universal(*find_checkpoint(checkpoint), out)
+    assert from_universal(out, tiny.folder / "back")["exact"]
+    assert verify(tiny.folder / "back").stacked == verify(checkpoint).stacked == 2
+    assert_same_tensors(tiny.folder / "back", checkpoint)
