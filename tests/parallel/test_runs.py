@@ -107,7 +107,9 @@ def test_a_pipeline_s_run_goes_on_anywhere(gang: Gang, tiny: Tiny) -> None:
     assert_same_figures(tiny, "moved", "one")
 
 
-@pytest.mark.parametrize("data", ["parallel.dp_replicate=2", "parallel.dp_shard=2"])
+@pytest.mark.parametrize(
+    "data", [pytest.param("parallel.dp_replicate=2", marks=pytest.mark.slow), "parallel.dp_shard=2"]
+)
 def test_a_pipeline_s_resume_is_exact_in_mid_period_too(gang: Gang, tiny: Tiny, data: str) -> None:
     layout = [*PIPELINE, data]
     train(gang, tiny, 4, "whole", *layout)

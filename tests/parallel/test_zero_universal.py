@@ -73,6 +73,7 @@ def test_deepspeed_goes_on_from_a_checkpoint_and_back(gang: Gang, tiny: Tiny, st
     assert_holds(ranks[0]["final"], tiny.folder / "again")
 
 
+@pytest.mark.slow
 def test_stage_3_takes_it_in_one_group(gang: Gang, tiny: Tiny) -> None:
     # Stage 3 reads one count of updates for everything, and gives all groups one tensor of it, which each advances.
     checkpoint, out = export(tiny, 3)
@@ -100,6 +101,7 @@ def test_parts_for_tensor_parallelism_are_those_of_the_plan(gang: Gang, tiny: Ti
             assert torch.equal(moments[rank], layout.part(whole, rank, 2).flatten()), name
 
 
+@pytest.mark.slow
 def test_stacked_accumulators_come_back(gang: Gang, tiny: Tiny) -> None:
     arguments: dict[str, Any] = {"config": str(tiny.config), "overrides": ["name=stacked", "train.micro_batch_size=1"]}
     assert run(gang, jobs.interrupted_run, 2, **arguments, rank=1, at=3) == [(0, "")] * 2
