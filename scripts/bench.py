@@ -98,14 +98,14 @@ def measure(case: Row) -> Row:
     gc.collect()
     if platform.system() == "Linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    idle = _status("VmRSS")
-    _reset_peak()
+    idle = status_mib("VmRSS")
+    reset_peak()
     best = float("inf")
     for _ in range(case["repeat"]):
         start = time.process_time()
         step()
         best = min(best, time.process_time() - start)
-    peak = _status("VmHWM")
+    peak = status_mib("VmHWM")
     return case | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_per_cpu_second": round(batch * tokens / best, 1),
@@ -114,13 +114,14 @@ def measure(case: Row) -> Row:
     }
 
 
-def _status(key: str) -> float:
+def status_mib(key: str) -> float:
     """A line of /proc/self/status in MiB."""
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """From here on VmHWM, the most memory this process has had, counts anew."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 

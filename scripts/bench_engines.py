@@ -6,6 +6,8 @@ import statistics
 import time
 from typing import Any
 
+from scripts.bench import reset_peak, status_mib
+
 Row = dict[str, Any]
 
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -18,19 +20,6 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed stage 1, tp 2": (2, {"engine": "deepspeed", "deepspeed": {"stage": 1}, "tp": 2}),
 }
 """Ranks, and the section `parallel` (what it leaves over is data parallelism)."""
-
-
-def peak_mib() -> float:
-    """The most memory that this process has had since `reset_peak`, MiB (Linux)."""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def reset_peak() -> None:
-    """From here on `peak_mib` counts anew."""
-    with open("/proc/self/clear_refs", "w") as switch:
-        switch.write("5")
 
 
 def engine_row(name: str, config: Any, source: Any, steps: int) -> Row:
@@ -51,7 +40,7 @@ def engine_row(name: str, config: Any, source: Any, steps: int) -> Row:
         from hope_train.parallel.zero.engine import open_deepspeed
 
         open_deepspeed(mesh)
-    before = peak_mib()
+    before = status_mib("VmHWM")
     engine = build_engine(config, mesh)
     seconds = []
     for index in range(steps + 2):
@@ -66,6 +55,6 @@ def engine_row(name: str, config: Any, source: Any, steps: int) -> Row:
         "engine": name,
         "steps": steps,
         "step_s": statistics.median(seconds),
-        "peak_mib": peak_mib(),
+        "peak_mib": status_mib("VmHWM"),
         "libraries_mib": before,
     }

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,23 +61,15 @@ class ZeroLevels(LevelOptimizer):
         self._reports: list[StepReport] = []
         called.act = self._called
 
-    def step(  # type: ignore[override]
-        self,
-        closure: None = None,
-        *,
-        tokens: int,
-        loss: float | Tensor | None = None,
-        finite: bool | None = None,
-        measure: bool = False,
-    ) -> StepReport:
+    def step(self, closure: None = None, **of_step: Any) -> StepReport:  # type: ignore[override]
         """As `LevelOptimizer.step`, of the gradients that ZeRO has."""
-        inside = partial(super().step, closure, tokens=tokens, loss=loss, finite=finite, measure=measure)
+        inside = partial(super().step, closure, **of_step)
         self._pending, self._reports = inside, []
         self.zero_step()
         self._pending = None
         if not self._reports:
             # ZeRO has seen that a gradient is not finite, on all ranks, and has dropped them all.
-            report = super().step(closure, tokens=tokens, loss=loss, finite=False)
+            report = super().step(closure, **{**of_step, "finite": False, "measure": False})
             return replace(report, grad_norm=math.inf)
         return self._reports[0]
 
