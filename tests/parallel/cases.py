@@ -64,6 +64,7 @@ def make_config(
     rows: int = 8,
     optimizer: dict[str, Any] | None = None,
     ramp: Sequence[int] = (),
+    lr: float = 0.003,
     **parallel: Any,
 ) -> RunConfig:
     """Some layers of four heads, micro-batches of `micro` of `rows` rows of 16 tokens, clipping always active.
@@ -82,7 +83,7 @@ def make_config(
             "init_std": 0.1,
             **MODELS[arch],
         },
-        "optimizer": {"lr": 0.003, "schedule": {"kind": "cosine", "warmup_tokens": 256}, **(optimizer or {})},
+        "optimizer": {"lr": lr, "schedule": {"kind": "cosine", "warmup_tokens": 256}, **(optimizer or {})},
         "train": {
             "context_length": 16,
             "batch_tokens": 16 * rows,
