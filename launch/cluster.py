@@ -13,6 +13,7 @@ from pathlib import Path
 from hope_train.parallel.slurm import address_of, rendezvous_port
 from launch.client import Slurm, SlurmError
 from launch.parse import node_names
+from launch.places import say
 from launch.request import Request
 from launch.site import Site
 
@@ -97,7 +98,7 @@ class SlurmBackend:
             signal.signal(number, signal.SIG_IGN)
         if not self._insist(lambda: self.slurm.requeue(self.job)):
             self.request.places.note("not requeued", start=self.start)
-            print("the job could not be requeued: hope launch resubmit goes on with the run", flush=True)
+            say("the job could not be requeued: hope launch resubmit goes on with the run")
             return
         fields: dict[str, str] = {}
         if exclude:
@@ -118,7 +119,7 @@ class SlurmBackend:
                 order()
                 return True
             except SlurmError as error:
-                print(f"{error} (attempt {attempt + 1})", flush=True)
+                say(f"{error} (attempt {attempt + 1})")
                 time.sleep(1)
         return False
 

@@ -40,6 +40,9 @@ class Evidence:
     terminated: bool = False
     """The batch script got SIGTERM."""
 
+    cancelled: bool = False
+    """`hope launch cancel` was said of this submission: that stands, whatever else stops the run at the same time."""
+
     asked: str | None = None
     """Why the supervisor asked the run to save and stop (`time limit`, `requeue`); None: it did not."""
 
@@ -60,6 +63,9 @@ class Evidence:
 
     unhealthy: tuple[str, ...] = ()
     """Nodes that failed their check; nothing was started then."""
+
+    no_space: bool = False
+    """Nothing can be written into the run directory; whatever else is seen follows from that."""
 
     step: int = 0
     """Of the newest checkpoint."""
@@ -90,15 +96,18 @@ class Decision:
 def decide(evidence: Evidence, max_failures: int, chain: bool = False, disk_full_delay_s: int = 0) -> Decision:
     """The rules, the first that applies:
 
-    what Slurm has decided stands; a finished run is finished; what the supervisor asked for leads to a requeue (or to
-    the next job of the chain); a stop that somebody else asked for is a stop; wrong input, and a loss that is not
-    finite, would be the same the next time; everything else is a failure, requeued a bounded number of times and only
-    if a checkpoint was made since the failure before.
+    what Slurm has decided stands; a finished run is finished; a cancelled one stays cancelled; what the supervisor
+    asked for leads to a requeue (or to the next job of the chain); a stop that somebody else asked for is a stop; wrong
+    input, and a loss that is not finite, would be the same the next time; everything else is a failure, requeued a
+    bounded number of times and only if a checkpoint was made since the failure before.
     """
     if evidence.job_state == "CANCELLED":
         return Decision("leave", "cancelled", 130)
     if evidence.stopped == "completed":
         return Decision("finish", "completed")
+    if evidence.cancelled:
+        saved = evidence.stopped == "signal"
+        return Decision("finish", "stopped on request (cancelled)" if saved else "cancelled", 0 if saved else 130)
     if evidence.preempted:
         return Decision("wait", "preempted")
     if evidence.terminated and evidence.job_state not in ("RUNNING", "TIMEOUT"):
@@ -113,32 +122,42 @@ def decide(evidence: Evidence, max_failures: int, chain: bool = False, disk_full
         return Decision("finish", "ended by SIGTERM", 143)
     if evidence.stopped == "nan" or evidence.first_code == NOT_FINITE:
         return Decision("finish", f"the loss is not finite ({evidence.detail})", NOT_FINITE)
-    if evidence.first_code == WRONG_INPUT and evidence.stopped != "error":
-        return Decision("finish", "wrong input (the log says what)", WRONG_INPUT)
+    if evidence.first_code == WRONG_INPUT and evidence.stopped != "error" and not evidence.no_space:
+        return Decision("finish", f"wrong input ({evidence.detail or 'the log says what'})", WRONG_INPUT)
     return _failure(evidence, max_failures, disk_full_delay_s)
 
 
 def _failure(evidence: Evidence, max_failures: int, disk_full_delay_s: int) -> Decision:
-    delay = 0
-    if evidence.unhealthy:
-        what = f"nodes not healthy: {', '.join(evidence.unhealthy)}"
+    delay, unhealthy = 0, evidence.unhealthy
+    if evidence.no_space:
+        what, delay, unhealthy = "no space left in the run directory", max(disk_full_delay_s, 1), ()
+    elif unhealthy:
+        what = f"nodes not healthy: {', '.join(unhealthy)}"
     elif evidence.hung is not None:
         what = f"hang in phase {evidence.hung}"
     elif evidence.stopped == "error" and evidence.first_code == WRONG_INPUT:
         what, delay = f"a save failed ({evidence.detail})", max(disk_full_delay_s, 1)
+    elif evidence.job_state == "TIMEOUT":
+        what = "time limit, and the save was not done in time: raise survive.lead_s"
     elif evidence.asked is not None:
         what = f"{evidence.asked}, and the run ended without saving (exit code {evidence.exit_code})"
     else:
         what = f"crash (exit code {evidence.exit_code})" + (f": {evidence.detail}" if evidence.detail else "")
     # Neither a sick node nor a full disk is the run's own fault: those are bounded by their number alone.
-    ours = not evidence.unhealthy and not delay
+    ours = not unhealthy and not delay
     if ours and evidence.failures and evidence.failures[-1].step == evidence.step:
         why = f"{what}; nothing advanced since the failure before (step {evidence.step}): not requeued"
         return Decision("finish", why, 1, failure=True)
     count = sum(evidence.time - earlier.time < WINDOW_S for earlier in evidence.failures) + 1
     if count > max_failures:
         return Decision("finish", f"{what}; failure {count} within a day: not requeued", 1, failure=True)
-    return Decision("requeue", what, 1, failure=True, exclude=evidence.unhealthy, delay_s=delay)
+    return Decision("requeue", what, 1, failure=True, exclude=unhealthy, delay_s=delay)
+
+
+def cancel_asked(events: Sequence[dict[str, Any]]) -> bool:
+    """Whether `hope launch cancel` was said since the run was submitted last, from the log of events."""
+    last = next((event["event"] for event in reversed(events) if event["event"] in ("submitted", "cancelled")), None)
+    return last == "cancelled"
 
 
 def failures_before(events: Sequence[dict[str, Any]]) -> tuple[Failure, ...]:

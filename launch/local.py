@@ -16,7 +16,7 @@ from hope_train.checkpoint.fence import refuse_if_in_use
 from hope_train.config.load import load_config
 from hope_train.errors import UserError
 from launch.checks import check_layout
-from launch.places import LOCAL, Places, write_json
+from launch.places import BY_CANCEL, BY_SUPERVISOR, LOCAL, Places, forget_stop, write_json
 from launch.request import Request
 from launch.site import load_site
 from launch.submit import absolute, ensure, write_config
@@ -130,6 +130,7 @@ def local_command(
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
     job = f"{LOCAL}{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    forget_stop(run_dir, BY_SUPERVISOR, BY_CANCEL)
     places.note("submitted", job=job, submission=str(folder))
     backend = LocalBackend(job)
     os.environ.pop("WORLD_SIZE", None)

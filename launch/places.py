@@ -74,10 +74,36 @@ class Places:
         return (step_of(there[-1]) or 0) if there else 0
 
 
+STOP = "STOP"
+"""A file of this name in the run directory has the run save and stop."""
+
+BY_SUPERVISOR, BY_CANCEL = "start ", "cancelled"
+"""How the file begins when it is not a person's own."""
+
+
+def forget_stop(run_dir: Path, *beginnings: str) -> None:
+    """Remove a stop file that begins with one of these: nobody obeyed it, and it is no order to the next start."""
+    with suppress(OSError):
+        if (run_dir / STOP).read_text(encoding="utf-8").startswith(beginnings):
+            (run_dir / STOP).unlink()
+
+
 def submitted_jobs(places: Places) -> list[str]:
     """The jobs of Slurm's that a run was ever submitted as, the oldest first."""
     names = [str(event["job"]) for event in places.events() if event["event"] == "submitted"]
     return [name for name in names if not name.startswith(LOCAL)]
+
+
+def tasks_of(places: Places) -> list[Places]:
+    """The runs of a sweep's tasks, where a sweep was submitted last; else the run itself."""
+    last = next((event for event in reversed(places.events()) if event["event"] in ("submitted", "swept")), None)
+    return [Places(Path(folder)) for folder in last["tasks"]] if last and last["event"] == "swept" else [places]
+
+
+def say(text: str) -> None:
+    """A line for the job's log. A disk that is full loses the line, and nothing else."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

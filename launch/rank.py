@@ -45,20 +45,21 @@ def main() -> int:
     facts = {"rank": rank, "node": node_name(), "pid": os.getpid(), "local_rank": os.environ.get("LOCAL_RANK", "0")}
     with suppress(OSError):
         write_json(mark, facts)
-    code = 1
+    code, said = 1, ""
     try:
         from hope_train.train.run import train_command
 
         code = train_command(arguments[0], arguments[1:], "auto", False, False)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        said = " ".join(str(error).split())
+        print(f"error: {said}", file=sys.stderr)
         code = WRONG_INPUT
     except KeyboardInterrupt:
         code = 130
     except BaseException:
         traceback.print_exc()
     with suppress(OSError):
-        write_json(mark, facts | {"exit": code})
+        write_json(mark, facts | {"exit": code} | ({"error": said[:500]} if said else {}))
     if code != 0 and rank != 0:
         deadline = time.monotonic() + PATIENCE_S
         while "exit" not in read_json(start / "ranks" / "0.json") and time.monotonic() < deadline:

@@ -6,6 +6,7 @@ moves any more, and decides what becomes of the job. What Slurm is asked to do i
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -14,15 +15,16 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from hope_train.checkpoint.fence import claim, claimed_by
 from hope_train.errors import UserError
-from launch.decide import Decision, Evidence, decide, failures_before
+from launch.decide import Decision, Evidence, Failure, cancel_asked, decide, failures_before
 from launch.health import sick_nodes, together_problem
 from launch.layout import Layout, elastic_layout, fixed_layout
-from launch.places import read_json, write_json
+from launch.places import BY_SUPERVISOR, STOP, Event, forget_stop, read_json, say, write_json
 from launch.request import Request, read_request
 from launch.watch import Watch
 
@@ -39,7 +41,8 @@ RECORDED = ("SLURM_", "NCCL_", "GLOO_", "CUDA_", "OMP_", "MKL_", "TORCH_", "PYTO
 LAST_SECONDS = 4.0
 """That a run has to save after its time limit, before it is ended and requeued from an older checkpoint."""
 
-STOP, STOPPED = "STOP", "STOPPED.json"
+STOPPED = "STOPPED.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Backend(Protocol):
@@ -92,17 +95,33 @@ class Supervisor:
         self.looked = time.monotonic()
         self.terminated: float | None = None
         self.begun = time.time()
+        self.claimed = False
 
     def run(self) -> int:
         """From the claim to the decision. Returns the exit code of the job. Raises UserError."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, lambda got, _: self.got.add(signal.Signals(got).name.removeprefix("SIG")))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            found = self._supervise()
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            found = replace(self._evidence(exit_code=1), no_space=True)
+        if isinstance(found, Evidence):
+            survive = self.survive
+            found = decide(found, survive.max_failures, self.request.chain, survive.disk_full_delay_s)
+        return self._carry_out(found)
+
+    def _supervise(self) -> Evidence | Decision:
         if self._finished():
-            self._note_end(Decision("finish", "completed already"))
-            return 0
+            return Decision("finish", "completed already")
+        if cancel_asked(self.places.events()):  # too late for the start before, which went back to the queue
+            return Decision("finish", "cancelled: `hope launch resubmit` goes on with the run")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        probe_space(self.places.folder)
         claim(self.places.run_dir, self.backend.start)
-        self._forget_own_stop()
+        self.claimed = True
+        forget_stop(self.places.run_dir, BY_SUPERVISOR)
         nodes = self.backend.nodes()
         write_json(self.folder / "environment.json", recorded_environment())
         self.places.note("started", start=self.backend.start, nodes=nodes, from_step=self.places.newest_step())
@@ -110,31 +129,19 @@ class Supervisor:
         sick = self._check_health(nodes)
         if sick is not None:
             self.places.note("unhealthy", start=self.backend.start, nodes=sick)
-            print(f"start {self.backend.start}: not healthy: {sick}", flush=True)
+            say(f"start {self.backend.start}: not healthy: {sick}")
             healthy = [node for node in nodes if node not in sick]
             if self.request.elastic and sick.keys() <= set(nodes) and len(healthy) >= self.request.site.node_range[0]:
                 nodes, sick = healthy, None  # enough are left
         if sick is None:
-            layout = self._layout(len(nodes))
-            evidence = self._train(layout, nodes)
-        else:
-            evidence = self._evidence(unhealthy=tuple(sick))
-        survive = self.survive
-        decision = decide(evidence, survive.max_failures, self.request.chain, survive.disk_full_delay_s)
-        return self._carry_out(decision)
+            return self._train(self._layout(len(nodes)), nodes)
+        return self._evidence(unhealthy=tuple(sick))
 
     # Before the ranks
 
     def _finished(self) -> bool:
         stopped = read_json(self.places.run_dir / STOPPED)
         return stopped.get("reason") == "completed" and stopped.get("step", 0) >= self.request.load().train.total_steps
-
-    def _forget_own_stop(self) -> None:
-        """A stop file that an earlier supervisor raised and nobody obeyed is no order to this start; a person's is."""
-        file = self.places.run_dir / STOP
-        with suppress(OSError):
-            if file.read_text(encoding="utf-8").startswith("start "):
-                file.unlink()
 
     def _check_health(self, nodes: list[str]) -> dict[str, str] | None:
         """Nodes that must not be used, and why; None where all may be."""
@@ -190,9 +197,9 @@ class Supervisor:
         self.places.note(
             "ranks", start=backend.start, ranks=layout.ranks, mesh=str(layout.sizes), nodes=used, idle=idle
         )
-        print(f"start {backend.start}: {layout.ranks} ranks on {', '.join(used)}, {layout.sizes}", flush=True)
+        say(f"start {backend.start}: {layout.ranks} ranks on {', '.join(used)}, {layout.sizes}")
         if idle:
-            print(f"idle: {', '.join(idle)}, which the batch cannot be divided among", flush=True)
+            say(f"idle: {', '.join(idle)}, which the batch cannot be divided among")
         folder = str(self.folder)
         if site.launcher == "torchrun":
             command, per_node = [sys.executable, "-m", "launch.node", folder], 1
@@ -249,13 +256,19 @@ class Supervisor:
         """Have the run save and stop, at a step's end and on all ranks together."""
         self.asked = why
         self.places.note("asked", start=self.backend.start, why=why)
-        print(f"start {self.backend.start}: {why}: the run is asked to save and stop", flush=True)
-        (self.places.run_dir / STOP).write_text(f"start {self.backend.start}: {why}\n", encoding="utf-8")
+        say(f"start {self.backend.start}: {why}: the run is asked to save and stop")
+        text = f"{BY_SUPERVISOR}{self.backend.start}: {why}\n"
+        try:
+            (self.places.run_dir / STOP).write_text(text, encoding="utf-8")
+        except OSError as error:  # an empty one would be taken for a person's, by the next start too
+            with suppress(OSError):
+                (self.places.run_dir / STOP).unlink()
+            say(f"start {self.backend.start}: {STOP} cannot be written ({error.strerror})")
 
     def _dump(self, phase: str, idle_s: float, nodes: Sequence[str]) -> None:
         """Every rank's stacks, before anything is ended."""
         self.places.note("hang", start=self.backend.start, phase=phase, idle_s=round(idle_s, 1))
-        print(f"start {self.backend.start}: nothing has moved for {idle_s:.0f} s in phase {phase}", flush=True)
+        say(f"start {self.backend.start}: nothing has moved for {idle_s:.0f} s in phase {phase}")
         command = [sys.executable, "-m", "launch.stacks", str(self.folder)]
         step = self.backend.run(nodes, 1, command, "hope-stacks", self.folder / "srun.log")
         try:
@@ -265,34 +278,48 @@ class Supervisor:
 
     # After the ranks
 
-    def _evidence(
-        self, hung: str | None = None, exit_code: int = 0, unhealthy: tuple[str, ...] = (), detail: str = ""
-    ) -> Evidence:
+    def _evidence(self, hung: str | None = None, exit_code: int = 0, unhealthy: tuple[str, ...] = ()) -> Evidence:
         stopped = read_json(self.places.run_dir / STOPPED)
         fresh = stopped.get("time", 0.0) >= self.begun
         state, preempted = self.backend.state()
-        first = read_json(self.folder / "ranks" / "0.json").get("exit")
+        first = read_json(self.folder / "ranks" / "0.json")
+        no_space = False
+        try:
+            probe_space(self.places.folder)
+        except OSError as error:
+            no_space = error.errno in NO_SPACE
+        said = str((stopped.get("detail") if fresh else None) or first.get("error") or "")
+        events = self.places.events()
         return Evidence(
             job_state=state,
             preempted=preempted,
             terminated="TERM" in self._signals(),
+            cancelled=cancel_asked(events),
             asked=self.asked,
             stopped=stopped.get("reason") if fresh else None,
-            detail=detail or str(stopped.get("detail") or "") if fresh or detail else "",
+            detail=said,
             exit_code=exit_code,
-            first_code=first,
+            first_code=first.get("exit"),
             hung=hung,
             unhealthy=unhealthy,
             step=self.places.newest_step(),
-            failures=failures_before(self.places.events()),
+            no_space=no_space,
+            failures=failures_before(events) + (self._unnoted(events) if no_space else ()),
             time=time.time(),
         )
 
+    def _unnoted(self, events: Sequence[Event]) -> tuple[Failure, ...]:
+        """Earlier starts of this job that found no space even to note that they were there."""
+        job, _, restart = self.backend.start.rpartition(".")
+        noted = {event.get("start") for event in events}
+        missing = sum(f"{job}.{number}" not in noted for number in range(int(restart)))
+        return (Failure(self.places.newest_step(), time.time()),) * missing
+
     def _carry_out(self, decision: Decision) -> int:
-        if claimed_by(self.places.run_dir) not in (self.backend.start, None):
+        if self.claimed and claimed_by(self.places.run_dir) not in (self.backend.start, None):
             decision = Decision("leave", "another start has taken the run over", 1)
         self._note_end(decision)
-        print(f"start {self.backend.start}: {decision.reason}: {decision.action}", flush=True)
+        say(f"start {self.backend.start}: {decision.reason}: {decision.action}")
         if decision.action == "requeue":
             self.backend.requeue(self._excluded(), decision.delay_s)
         elif decision.action == "wait":
@@ -319,6 +346,19 @@ class Supervisor:
             exclude=[node for node in decision.exclude if node in self.backend.nodes()],
             step=self.places.newest_step(),
         )
+
+
+def probe_space(folder: Path) -> None:
+    """Raises OSError where a file of a megabyte cannot be written."""
+    probe = folder / f".space-{os.uname().nodename}-{os.getpid()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        with suppress(OSError):
+            probe.unlink()
 
 
 def recorded_environment() -> dict[str, object]:

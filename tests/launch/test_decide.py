@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from launch.decide import WINDOW_S, Evidence, Failure, decide, failures_before
+from launch.decide import WINDOW_S, Evidence, Failure, cancel_asked, decide, failures_before
 
 CRASH = Evidence(exit_code=1, first_code=1, step=10, time=1e6)
 
@@ -24,12 +24,21 @@ CRASH = Evidence(exit_code=1, first_code=1, step=10, time=1e6)
         (Evidence(job_state="NODE_FAIL", terminated=True), "leave", "ended by Slurm"),
         (Evidence(asked="time limit", stopped="signal"), "requeue", "time limit"),
         (Evidence(job_state="TIMEOUT", terminated=True, asked="time limit", stopped="signal"), "requeue", "time limit"),
-        (Evidence(job_state="TIMEOUT", terminated=True, asked="time limit", exit_code=9), "requeue", "without saving"),
+        (
+            Evidence(job_state="TIMEOUT", terminated=True, asked="time limit", exit_code=9),
+            "requeue",
+            "not done in time",
+        ),
+        (Evidence(cancelled=True, asked="time limit", stopped="signal"), "finish", "stopped on request (cancelled)"),
+        (Evidence(cancelled=True, preempted=True, terminated=True, stopped="signal"), "finish", "cancelled"),
+        (Evidence(cancelled=True, hung="step"), "finish", "cancelled"),
+        (Evidence(cancelled=True, job_state="COMPLETING", terminated=True), "finish", "cancelled"),
         (Evidence(asked="time limit", exit_code=1), "requeue", "without saving"),
         (Evidence(stopped="signal", detail="STOP file"), "finish", "STOP file"),
         (Evidence(terminated=True, exit_code=1), "finish", "SIGTERM"),
         (Evidence(stopped="nan", first_code=3), "finish", "not finite"),
         (Evidence(first_code=2, exit_code=1), "finish", "wrong input"),
+        (Evidence(first_code=2, exit_code=1, detail="no file x"), "finish", "wrong input (no file x)"),
         (Evidence(stopped="error", first_code=2, detail="No space left"), "requeue", "No space left"),
         (Evidence(stopped="error", first_code=1, detail="KeyError: x"), "requeue", "KeyError"),
         (Evidence(hung="step"), "requeue", "hang in phase step"),
@@ -52,6 +61,7 @@ def test_nothing_is_requeued_that_is_cancelled_or_finished() -> None:
         for stopped in (None, "signal", "nan", "error", "completed"):
             cancelled = Evidence(job_state="CANCELLED", stopped=stopped, **more)  # type: ignore[arg-type]
             assert decide(cancelled, 3).action == "leave"
+            assert decide(Evidence(cancelled=True, stopped=stopped, **more), 3).action == "finish"  # type: ignore[arg-type]
         done = Evidence(stopped="completed", **more)  # type: ignore[arg-type]
         assert decide(done, 3).action == "finish"
 
@@ -96,6 +106,14 @@ def test_sick_nodes_are_left_out_and_a_full_disk_is_given_time() -> None:
     assert decide(Evidence(unhealthy=("n2", "n5")), 3).exclude == ("n2", "n5")
     full = Evidence(stopped="error", first_code=2, detail="No space left")
     assert decide(full, 3, disk_full_delay_s=300).delay_s == 300
+
+
+def test_a_cancellation_stands_until_the_run_is_submitted_again() -> None:
+    events = [{"event": "submitted"}, {"event": "started"}]
+    assert not cancel_asked(events)
+    events += [{"event": "cancelled"}, {"event": "ended"}]
+    assert cancel_asked(events)
+    assert not cancel_asked([*events, {"event": "submitted"}])
 
 
 def test_failures_count_from_the_last_submission() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -171,7 +172,7 @@ def test_a_run_that_does_not_save_in_time_is_ended_and_requeued(start: Start, tm
     _, backend, places = start("time.sleep(8)", job_state="TIMEOUT")
     assert backend.again
     assert ends(places)[-1]["failure"]
-    assert "ended without saving" in ends(places)[-1]["reason"]
+    assert "the save was not done in time" in ends(places)[-1]["reason"]
 
 
 def test_a_chain_ends_instead(start: Start, tmp_path: Path) -> None:
@@ -208,6 +209,23 @@ def test_a_cancelled_job_stays_cancelled(start: Start, tmp_path: Path) -> None:
     assert ends(places)[-1]["action"] == "leave"
 
 
+def test_a_cancellation_is_not_lost_to_a_time_limit(start: Start, tmp_path: Path) -> None:
+    """Both stop the run by the same file: whoever wrote it last must not decide."""
+    (tmp_path / "signals").write_text("USR1\n")
+
+    def during(_: Here) -> None:
+        Places(tmp_path / "run").note("cancelled", job="7", saving=True)
+
+    code, backend, places = start(OBEYS, during)
+    assert (code, backend.again) == (0, False)
+    assert ends(places)[-1]["reason"] == "stopped on request (cancelled)"
+    _, backend, places = start("sys.exit(9)")  # it had gone back to the queue before it was cancelled
+    assert not backend.again
+    assert len([event for event in places.events() if event["event"] == "ranks"]) == 1
+    places.note("submitted", job="8")
+    assert start(OBEYS)[1].again
+
+
 def test_crashes_are_requeued_once_without_progress(start: Start, tmp_path: Path) -> None:
     _, first, _ = start("os.kill(os.getpid(), 9)")
     assert first.again
@@ -217,8 +235,9 @@ def test_crashes_are_requeued_once_without_progress(start: Start, tmp_path: Path
 
 
 def test_wrong_input_is_not_tried_again(start: Start) -> None:
-    code, backend, _ = start("mark(exit=2); sys.exit(1)")
+    code, backend, places = start("mark(exit=2, error='no file x'); sys.exit(1)")
     assert (code, backend.again) == (2, False)
+    assert ends(places)[-1]["reason"] == "wrong input (no file x)"
 
 
 def test_what_stopped_before_this_start_is_not_its_word(start: Start, tmp_path: Path) -> None:
@@ -232,6 +251,33 @@ def test_a_full_disk_is_given_time(start: Start) -> None:
     program = 'mark(exit=2); stopped("error", 3, "step 3 could not be saved (No space left on device)"); sys.exit(1)'
     _, backend, _ = start(program, site={"survive": {"disk_full_delay_s": 7}})
     assert (backend.again, backend.delay_s) == (True, 7)
+
+
+def full(folder: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+
+def test_a_disk_that_stays_full_is_given_time_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is started then, no node is blamed, and starts that could note nothing count all the same."""
+    monkeypatch.setattr("launch.supervise.probe_space", full)
+    program = 'open(run + "/started", "w")'
+    _, backend, places = start(program, site={"survive": {"disk_full_delay_s": 7}, **SICK})
+    assert (backend.again, backend.delay_s, list(backend.excluded)) == (True, 7, [])
+    assert ends(places)[-1]["reason"] == "no space left in the run directory"
+    _, backend, places = start(program, restart=3, start="7.3")  # of 7.1 and 7.2 there is no trace
+    assert not backend.again
+    assert ends(places)[-1]["reason"].endswith("failure 4 within a day: not requeued")
+    assert not (places.run_dir / "started").exists()
+
+
+def test_a_disk_that_fills_while_a_run_opens_is_no_wrong_input(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "launch.supervise.Supervisor._check_health",
+        lambda self, nodes: monkeypatch.setattr("launch.supervise.probe_space", full),
+    )
+    _, backend, places = start("mark(exit=2, error='cannot be written'); sys.exit(1)")
+    assert backend.again
+    assert ends(places)[-1]["reason"] == "no space left in the run directory"
 
 
 def test_a_hang_is_noticed_dumped_and_ended(start: Start) -> None:
