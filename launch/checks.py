@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +34,14 @@ class Target:
     gpus_per_node: int
     ranks_per_node: int
     time: str | None
-    layouts: tuple[Layout, ...]
-    """With the fewest and with the most nodes asked for."""
 
 
-def find_target(slurm: Slurm, site: Site, config: RunConfig) -> Target:
+def find_target(slurm: Slurm, site: Site) -> Target:
     """The partition and its nodes, with everything that the submission wants of them checked. Raises UserError."""
     partition = choose_partition(slurm.partitions(), site.partition)
     everything = {node.name: node for node in slurm.nodes()}
     nodes = tuple(everything[name] for name in partition.nodes if name in everything)
-    low, high = site.node_range
+    _, high = site.node_range
     most = min(len(nodes), partition.max_nodes or len(nodes))
     if high > most:
         raise UserError(
@@ -61,8 +61,7 @@ def find_target(slurm: Slurm, site: Site, config: RunConfig) -> Target:
             f"nodes of partition {partition.name} have {most_cpus} CPUs, cpus_per_node={site.cpus_per_node} is more"
         )
     ranks = site.ranks_per_node or max(gpus, 1)
-    layouts = tuple(check_layout(config, count, ranks, low != high) for count in dict.fromkeys((low, high)))
-    return Target(partition, nodes, gpus, ranks, check_time(partition, site), layouts)
+    return Target(partition, nodes, gpus, ranks, check_time(partition, site))
 
 
 def choose_partition(partitions: list[Partition], name: str | None) -> Partition:
@@ -132,6 +131,30 @@ def check_shared(run_dir: Path, site: Site, mounts: str | None = None) -> None:
         f"run directory {run_dir} is on {place} ({kind}), a disk of this machine alone: choose a dir= that all nodes "
         f"see, or list its folder under `shared` in the site file if they do"
     )
+
+
+def check_interpreter(site: Site) -> None:
+    """Refuse to send the nodes an interpreter without torch: that of a login node. Raises UserError."""
+    if site.python is None and site.container is None and importlib.util.find_spec("torch") is None:
+        raise UserError(
+            f"{sys.executable} has no torch, and the nodes would run it: name theirs as `python` in the site file"
+        )
+
+
+def check_inputs(config: RunConfig, site: Site, run_dir: Path) -> None:
+    """Refuse local text and a tokenizer that are not there: the ranks would find that out after their time in the
+    queue. Not looked at: paths inside a container, and those of a run that has begun. Raises UserError.
+    """
+    if site.container is not None or (run_dir / "config.yaml").is_file():
+        return
+    if config.data.tokenizer is None:
+        raise UserError("data.tokenizer is not set: name a SentencePiece model; `hope data tokenizer train` makes one")
+    given = {"data.tokenizer": config.data.tokenizer}
+    for number, source in enumerate(config.data.sources):
+        given[f"data.sources.{number}"] = source.path or source.indexed or config.data.tokenizer
+    for key, text in given.items():
+        if not Path(text).expanduser().exists() and not Path(f"{text}.idx").expanduser().exists():  # a pair's prefix
+            raise UserError(f"{key}: {text} is not there; the nodes look for it there too (relative paths: from here)")
 
 
 def file_system(path: Path, mounts: str | None = None) -> tuple[str, str | None]:

@@ -23,6 +23,9 @@ from launch.parse import (
     value,
 )
 
+SILENT = ("Unable to contact", "onnection refused", "timed out", "Zero Bytes were transmitted")
+"""In what Slurm's programs say when their controller is gone, or hangs."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -223,6 +226,6 @@ def _complaint(program: str, text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = [line.removeprefix(f"{program}: ").removeprefix("error: ") for line in lines]
     best = [line for line in told if "Batch job submission failed" in line or "allocation failure" in line] or told[-1:]
-    if any("Unable to contact" in line or "onnection refused" in line for line in told):
+    if any(sign in line for line in told for sign in SILENT):
         return f"Slurm does not answer: {told[-1]}; nothing was queued or changed; ask `scontrol ping`, and try again"
     return f"Slurm refuses ({program}): {best[0] if best else 'no reason given'}"

@@ -8,17 +8,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hope_train.errors import UserError
-from launch.places import Places, find_run, read_json
+from launch.places import Places, find_run, read_json, tasks_of
 
 POLL_S = 0.5
 
 
 def logs_command(run: str, follow: bool, node: str | None, start: str | None, lines: int) -> int:
     """Print the end of a log, and with `follow` what is added, going on with the next start. Raises UserError."""
-    places = find_run(run)
+    places, *others = tasks_of(find_run(run))
+    if others:
+        names = ", ".join(task.run_dir.name for task in (places, *others))
+        raise UserError(f"{run} is a sweep: name one of its runs ({names})")
     shown = start or newest_start(places)
+    if shown is None and follow:
+        print(f"{places.run_dir} has not been started yet: hope launch status says where its job is", flush=True)
+        for text in follow_file(lambda: job_output(places), from_end=False, until=lambda: bool(newest_start(places))):
+            print(text, end="", flush=True)
+        shown = newest_start(places)
     if shown is None:
-        raise UserError(f"{places.run_dir} has not been started yet: hope launch status says where its job is")
+        said = job_output(places)
+        if not said.is_file():
+            raise UserError(f"{places.run_dir} has not been started yet: hope launch status says where its job is")
+        print("\n".join(tail(said, lines)))
+        return 0
     if not follow:
         file = log_file(places, shown, node)
         if not file.is_file():
@@ -49,6 +61,12 @@ def newest_start(places: Places) -> str | None:
     """The start that was noted last."""
     starts = [str(event["start"]) for event in places.events() if event["event"] == "started"]
     return starts[-1] if starts else None
+
+
+def job_output(places: Places) -> Path:
+    """Where the newest job script has said something by itself: all there is while the supervisor has not started."""
+    files = [file for file in places.folder.glob("submissions/*/job-*.out") if file.stat().st_size]
+    return max(files, key=lambda file: file.stat().st_mtime, default=places.folder / "job.out")
 
 
 def log_names(places: Places, start: str) -> list[str]:

@@ -17,8 +17,8 @@ ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUE
 QUEUE_FORMAT = "%A|%F|%K|%T|%P|%D|%N|%l|%S|%e|%E|%r|%j"
 """For `squeue -h -o`. The name is last: it may hold anything."""
 
-ACCOUNT_FORMAT = "JobIDRaw,State,ExitCode,Start,End,NNodes,NodeList,Restarts"
-"""For `sacct -n -P -D -X -o`."""
+ACCOUNT_FORMAT = "JobIDRaw,State,ExitCode,Start,End,NNodes,NodeList"
+"""For `sacct -n -P -D -X -o`. Fields that every version knows: one that is unknown has sacct refuse them all."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def render(
     )
     engine.filters["quote"] = lambda value: shlex.quote(str(value))
     try:
-        return engine.from_string(text).render(
+        script = engine.from_string(text).render(
             directives=directives(site, name, submission, run_dir, gpus_per_node, time, dependency, array),
             name=name,
             run_dir=run_dir,
@@ -54,6 +55,9 @@ def render(
         )
     except jinja2.TemplateError as error:
         raise UserError(f"job template {source}: {error}") from None
+    if not script.startswith("#!"):
+        raise UserError(f"job template {source}: its first line must be #! and an interpreter, as in #!/bin/bash")
+    return script
 
 
 def directives(
@@ -86,15 +90,20 @@ def directives(
         "time": time,
         "dependency": dependency,
         "array": array,
-        "output": submission / output,
+        "output": str(submission).replace("%", "%%") + f"/{output}",
         "signal": f"B:USR1@{site.survive.lead_s}",
     }
-    lines = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    lines = [f"--{key}={_quoted(str(value))}" for key, value in options.items() if value is not None]
     # Restarts append to the output of their job. A node that fails sends the job back to the queue.
     lines += ["--open-mode=append", "--requeue"]
     if site.cpus_per_node is None:
         lines.append("--exclusive")
     return [*lines, *site.extra]
+
+
+def _quoted(value: str) -> str:
+    """As sbatch reads it: what follows a space would be another option."""
+    return f'"{value}"' if re.search(r"\s", value) else value
 
 
 def environment(site: Site) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +108,7 @@ class Site(Section):
     exclude: str | None = None
     """Nodes to leave out."""
 
-    nodes: str = Field("1", pattern=r"^\d+(-\d+)?$")
+    nodes: str = "1"
     """How many, or a range such as 8-16: the run then adapts its data parallelism to what it gets."""
 
     time: str | None = None
@@ -184,8 +185,8 @@ class Site(Section):
     def _check(self) -> Site:
         if self.time is not None and not duration(self.time):
             raise ValueError(f"time={self.time}: write it as Slurm does: 90 (minutes), 12:00:00, 2-00:00:00")
-        low, _, high = self.nodes.partition("-")
-        if int(low) < 1 or (high and int(high) < int(low)):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.nodes)
+        if match is None or int(match[1]) < 1 or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(f"nodes={self.nodes}: at least 1, and a range from less to more, as in 8-16")
         return self
 
@@ -232,9 +233,9 @@ def load_site(file: str | None, options: Mapping[str, Any]) -> Site:
         if not path.is_file():
             raise UserError(f"no site file {path}")
         tree = merge(tree, read_tree(path))
+    found = validate(Site, tree, origin=", ".join(map(str, files)))
     given = {key: text for key, text in options.items() if text is not None and key != "survive"}
-    tree = merge(tree, given)
     survive = {key: text for key, text in (options.get("survive") or {}).items() if text is not None}
     if survive:
-        tree = merge(tree, {"survive": survive})
-    return validate(Site, tree, origin=", ".join(map(str, files)) or "command line")
+        given["survive"] = survive
+    return validate(Site, merge(tree, given), origin="command line") if given else found

@@ -27,11 +27,11 @@ class Snapshot:
     """Version, commit, whether files were changed."""
 
 
-def take_snapshot(places: Path, root: Path | None = None) -> Snapshot:
+def take_snapshot(places: Path, root: Path | None = None, dry: bool = False) -> Snapshot:
     """Copy the project's packages from their repository into `places`, beside what git says of them.
 
     An installed version (no repository around it) is only named: it does not change under a job. The copy's name is
-    that of its content; one that is there already is used again.
+    that of its content; one that is there already is used again. `dry`: only say where it would lie.
 
     Raises UserError where it cannot be written.
     """
@@ -51,7 +51,7 @@ def take_snapshot(places: Path, root: Path | None = None) -> Snapshot:
         digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     folder = places / f"{commit[:12]}-{digest.hexdigest()[:8]}"
     facts = {"hope_train": __version__, "commit": commit.strip(), "changed": bool(difference), "folder": str(folder)}
-    if not folder.is_dir():
+    if not folder.is_dir() and not dry:
         try:
             _copy(root, files, folder, difference)
         except OSError as error:

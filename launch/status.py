@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hope_train.checkpoint.manifest import CHECKPOINTS, list_checkpoints
@@ -14,7 +13,7 @@ from hope_train.config.load import load_config
 from hope_train.errors import UserError
 from launch.client import Slurm, SlurmError
 from launch.parse import Job, show_duration
-from launch.places import Places, find_run, read_json, read_lines, submitted_jobs
+from launch.places import Places, find_run, read_json, read_lines, submitted_jobs, tasks_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,12 +32,6 @@ def status_command(runs: Sequence[str], as_json: bool, slurm: Slurm | None = Non
     for status in found:
         console.print(_table(status))
     return 0
-
-
-def tasks_of(places: Places) -> list[Places]:
-    """The runs of a sweep's tasks, where the run directory is a sweep's; else the run itself."""
-    sweeps = [event for event in places.events() if event["event"] == "swept"]
-    return [Places(Path(folder)) for folder in sweeps[-1]["tasks"]] if sweeps else [places]
 
 
 def status_of(places: Places, slurm: Slurm) -> dict[str, Any]:
@@ -163,14 +156,30 @@ def _clock(moment: float) -> str:
 
 
 def history_command(run: str, as_json: bool, slurm: Slurm | None = None) -> int:
-    """Print every start of a run. Raises UserError for a run that cannot be found."""
-    places = find_run(run)
-    rows = history_of(places)
-    accounts = _accounts(rows, slurm or Slurm())
+    """Print every start of a run, or of each of a sweep's. Raises UserError for a run that cannot be found."""
+    slurm = slurm or Slurm()
+    found = [(places, history_of(places)) for places in tasks_of(find_run(run))]
+    known = [_accounts(rows, slurm) for _, rows in found]
     if as_json:
-        print(json.dumps([row | {"account": accounts.get(row["start"])} for row in rows]))
+        print(
+            json.dumps(
+                [
+                    {"run": places.run_dir.name, **row, "account": accounts.get(row["start"])}
+                    for (places, rows), accounts in zip(found, known, strict=True)
+                    for row in rows
+                ]
+            )
+        )
         return 0
     from rich.console import Console
+
+    console = Console(highlight=False)
+    for (places, rows), accounts in zip(found, known, strict=True):
+        console.print(_history_table(places, rows, accounts))
+    return 0
+
+
+def _history_table(places: Places, rows: Sequence[dict[str, Any]], accounts: dict[str, str]) -> Table:
     from rich.table import Table as RichTable
 
     table = RichTable(title=places.run_dir.name, title_justify="left", title_style="bold", header_style="bold")
@@ -188,37 +197,46 @@ def history_command(run: str, as_json: bool, slurm: Slurm | None = None) -> int:
             row["end"],
         ]
         table.add_row(*cells, *([accounts.get(row["start"], "")] if accounts else []))
-    Console(highlight=False).print(table)
-    return 0
+    return table
 
 
 def history_of(places: Places) -> list[dict[str, Any]]:
     """A row for each start, the oldest first. One that left no word of its end was lost with its node, or runs."""
     rows: list[dict[str, Any]] = []
+    asked: str | None = None
     for event in places.events():
         if event["event"] == "started":
             if rows and rows[-1]["to_step"] is None:
-                rows[-1]["end"] = "lost: its node ended before it could say why"
+                late = f"{asked}, and ended from outside before it could say what came of it"
+                rows[-1]["end"] = late if asked else "lost: its node ended before it could say why"
                 rows[-1]["to_step"] = event["from_step"]
-            rows.append(
-                {
-                    "start": event["start"],
-                    "began": event["time"],
-                    "lasted_s": None,
-                    "nodes": event["nodes"],
-                    "from_step": event["from_step"],
-                    "to_step": None,
-                    "end": "",
+            asked = None
+            rows.append(_start_row(event, event["nodes"], event["from_step"]))
+        elif event["event"] == "asked":
+            asked = event["why"]
+        elif event["event"] == "ended":
+            if event["start"] not in [row["start"] for row in rows]:  # it found nothing to do, or no space to say more
+                rows.append(_start_row(event, [], event["step"]))
+            if rows[-1]["start"] == event["start"]:
+                left_out = f"; left out: {', '.join(event['exclude'])}" if event.get("exclude") else ""
+                rows[-1] |= {
+                    "lasted_s": event["time"] - rows[-1]["began"],
+                    "to_step": event["step"],
+                    "end": f"{event['reason']}: {event['action']}{left_out}",
                 }
-            )
-        elif event["event"] == "ended" and rows and rows[-1]["start"] == event["start"]:
-            left_out = f"; left out: {', '.join(event['exclude'])}" if event.get("exclude") else ""
-            rows[-1] |= {
-                "lasted_s": event["time"] - rows[-1]["began"],
-                "to_step": event["step"],
-                "end": f"{event['reason']}: {event['action']}{left_out}",
-            }
     return rows
+
+
+def _start_row(event: dict[str, Any], nodes: list[str], step: int) -> dict[str, Any]:
+    return {
+        "start": event["start"],
+        "began": event["time"],
+        "lasted_s": None,
+        "nodes": nodes,
+        "from_step": step,
+        "to_step": None,
+        "end": "",
+    }
 
 
 def _accounts(rows: Sequence[dict[str, Any]], slurm: Slurm) -> dict[str, str]:

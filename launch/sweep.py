@@ -26,7 +26,13 @@ def sweep_overrides(file: str | None, grid: Sequence[str]) -> list[list[str]]:
             lines = Path(file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise UserError(f"sweep file {file} cannot be read: {error.strerror or error}") from None
-        tasks = [words for line in lines if (words := shlex.split(line, comments=True))]
+        tasks = []
+        for number, line in enumerate(lines, 1):
+            try:
+                words = shlex.split(line, comments=True)
+            except ValueError as error:
+                raise UserError(f"sweep file {file}, line {number}: {str(error).lower()}") from None
+            tasks += [words] if words else []
         if not tasks:
             raise UserError(f"sweep file {file} has no task: write the overrides of one run on each line")
     choices = []
@@ -48,14 +54,21 @@ def _split(values: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", values)]
 
 
-def array_option(text: str | None, tasks: int) -> str:
-    """Slurm's --array for so many tasks. Raises UserError for one that names tasks which are not there."""
+def array_option(text: str | None, tasks: int) -> tuple[str, list[int]]:
+    """Slurm's --array for so many tasks, and which of them it names.
+
+    Raises UserError for one that is not Slurm's, or names tasks which are not there.
+    """
     if text is None:
-        return f"0-{tasks - 1}"
-    chosen, _, _ = text.partition("%")
-    numbers = [int(number) for number in re.findall(r"(?<![:\d])\d+", re.sub(r":\d+", "", chosen))]
-    if not re.fullmatch(r"[\d,:\-]+(%\d+)?", text) or not numbers:
-        raise UserError(f"--array {text!r}: write it as Slurm does: 0-5, 0-5%2 or 1,3")
-    if max(numbers) >= tasks:
-        raise UserError(f"--array {text}: the sweep has tasks 0 to {tasks - 1}")
-    return text
+        return f"0-{tasks - 1}", list(range(tasks))
+    chosen, _, at_a_time = text.partition("%")
+    named: set[int] = set()
+    for part in chosen.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
+        numbers = range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1)) if match else ()
+        if not numbers or ("%" in text and not re.fullmatch(r"[1-9]\d*", at_a_time)):
+            raise UserError(f"--array {text!r}: write it as Slurm does: 0-5, 0-5%2 or 1,3")
+        if numbers[-1] >= tasks:
+            raise UserError(f"--array {text}: the sweep has tasks 0 to {tasks - 1}")
+        named |= set(numbers)
+    return text, sorted(named)

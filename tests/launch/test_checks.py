@@ -11,7 +11,7 @@ import yaml
 
 from hope_train.config.load import load_config, validate
 from hope_train.errors import UserError
-from launch.checks import check_plan, check_shared, check_time, file_system
+from launch.checks import check_interpreter, check_plan, check_shared, check_time, file_system
 from launch.client import Partition, Slurm, SlurmError
 from launch.cluster import step_order
 from launch.layout import fixed_layout
@@ -171,6 +171,11 @@ def test_the_script_is_bash_and_says_what_was_asked_for() -> None:
     assert "{{" not in text
 
 
+def test_a_run_directory_may_have_any_name() -> None:
+    text = script(site(), submission=Path("/runs/a b/100%j/launch/submissions/1"))
+    assert '#SBATCH --output="/runs/a b/100%%j/launch/submissions/1/job-%j.out"\n' in text
+
+
 def test_the_traps_stand_before_anything_that_takes_time() -> None:
     lines = [line for line in script(site()).splitlines() if line and not line.startswith("#")]
     assert lines[0].startswith("signals=")
@@ -186,6 +191,9 @@ def test_a_template_of_one_s_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.sh"
     file.write_text("#!/bin/bash\n# {{ name }} {{ site.account }}\n", encoding="utf-8")
     assert script(site(template=str(file), account="us")) == "#!/bin/bash\n# hope-a us\n"
+    file.write_text("echo {{ name }}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="its first line must be #!"):
+        script(site(template=str(file)))
     file.write_text("{{ nothing_of_the_kind }}", encoding="utf-8")
     with pytest.raises(UserError, match="nothing_of_the_kind"):
         script(site(template=str(file)))
@@ -227,6 +235,15 @@ def test_a_run_that_does_not_fit_its_device_is_refused() -> None:
     with pytest.raises(UserError, match="does not fit"):
         check_plan(config, site(device="l4"), layout)
     assert check_plan(config, site(), layout) == ("", [])
+
+
+def test_nodes_are_not_sent_an_interpreter_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_interpreter(site())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="has no torch"):
+        check_interpreter(site())
+    check_interpreter(site(python="/nodes/python"))
+    check_interpreter(site(container={"image": "i.sif"}))
 
 
 def repository(folder: Path) -> Path:

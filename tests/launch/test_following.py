@@ -85,6 +85,18 @@ def test_history_names_the_start_that_was_lost(places: Places, capsys: pytest.Ca
     assert [row["start"] for row in json.loads(capsys.readouterr().out)] == ["7.0", "7.1"]
 
 
+def test_history_names_what_was_asked_of_a_start_that_was_cut_off(places: Places) -> None:
+    places.note("started", start="7.2", nodes=["n2"], from_step=3)
+    places.note("asked", start="7.2", why="preempted")
+    places.note("started", start="7.3", nodes=["n2"], from_step=3)
+    assert [row["end"].partition(",")[0] for row in history_of(places)[2:]] == ["preempted", ""]
+    end = {"action": "requeue", "failure": True, "exclude": [], "step": 3}
+    places.note("ended", start="7.4", reason="no space left in the run directory", **end)  # nor for a word before
+    places.note("ended", start="7.2", reason="overtaken", **end)
+    assert [row["start"] for row in history_of(places)] == ["7.0", "7.1", "7.2", "7.3", "7.4"]
+    assert history_of(places)[-1]["end"].startswith("no space left")
+
+
 def test_a_run_is_found_by_directory_name_and_job(
     places: Places, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -123,10 +135,36 @@ def test_logs_show_the_end_of_rank_0_s_node(places: Places, capsys: pytest.Captu
         logs_command("a", False, "n9", None, 2)
 
 
-def test_logs_before_the_first_start(tmp_path: Path) -> None:
+def test_logs_before_the_first_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "launch").mkdir()
     with pytest.raises(UserError, match="has not been started"):
         logs_command(str(tmp_path), False, None, None, 5)
+    output = tmp_path / "launch" / "submissions" / "1" / "job-9.out"
+    output.parent.mkdir(parents=True)
+    output.write_text("no such interpreter\n")
+    assert logs_command(str(tmp_path), False, None, None, 5) == 0
+    assert capsys.readouterr().out == "no such interpreter\n"
+
+
+def test_following_waits_for_the_first_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = Places(tmp_path)
+    log(places, "9.0", "n1", "trained\n")
+    log(places, "submissions/1", "job-9", "").rename(places.submission(1) / "job-9.out")
+
+    def later() -> None:
+        (places.submission(1) / "job-9.out").write_text("a module\n")
+        time.sleep(1)
+        places.note("started", start="9.0", nodes=["n1"], from_step=0)
+        places.note("ranks", start="9.0", nodes=["n1"], ranks=1, mesh="", idle=[])
+        places.note("ended", start="9.0", action="finish", reason="completed", failure=False, exclude=[], step=1)
+
+    thread = threading.Thread(target=later)
+    thread.start()
+    assert logs_command(str(tmp_path), True, None, None, 5) == 0
+    thread.join()
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert "has not been started yet" in first
+    assert rest == ["a module", "trained"]
 
 
 def test_following_goes_on_with_the_next_start(places: Places, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def test_lines_of_squeue() -> None:
 
 
 def test_rows_of_the_accounting() -> None:
-    (row,) = account_rows("12|FAILED|1:0|2026-11-25T09:00:00|2026-11-25T09:10:00|2|n[1-2]|1\n")
+    (row,) = account_rows("12|FAILED|1:0|2026-11-25T09:00:00|2026-11-25T09:10:00|2|n[1-2]\n")
     assert (row["State"], row["ExitCode"], row["NodeList"]) == ("FAILED", "1:0", "n[1-2]")
 
 

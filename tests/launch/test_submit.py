@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,6 +95,12 @@ MISTAKES = {
     "an unknown key": (["train.tokenz=1"], "unknown key"),
     "a sweep without runs": (["--array", "0-3"], "--sweep FILE or --grid"),
     "a dependency that is none": (["--dependency", "afterok:soon"], "ependency"),
+    "an array that runs backwards": (["--grid", "seed=1,2", "--array", "1-0"], "write it as Slurm does"),
+    "a task that does not fit": (["--grid", "parallel.tp=2,3"], "task 1 of the sweep: the mesh does not fit"),
+    "a task with an unknown key": (["--grid", "seed=1", "--grid", "sead=1,2"], "task 0 of the sweep (seed=1 sead=1)"),
+    "nodes that are no number": (["--nodes", "five"], "command line: nodes=five"),
+    "a tokenizer that is not there": (["data.tokenizer=nowhere.model"], "data.tokenizer: nowhere.model is not there"),
+    "text that is not there": (["data.sources=[{path: nowhere.txt}]"], "data.sources.0: nowhere.txt is not there"),
     "a site file that is not there": (["--site", "nowhere.yaml"], "no site file"),
     "a device that is too small": (["--device", "l4", "model.d_model=16384", "model.n_heads=64"], "does not fit"),
 }
@@ -113,15 +121,24 @@ def test_a_mistake_is_one_line_and_nothing_is_queued(bench: Bench, hope: Hope, m
     assert not list((bench.folder / "runs" / "bad").glob("launch/submissions/*"))
 
 
-def test_a_controller_that_is_gone_is_one_line(bench: Bench, hope: Hope, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real client and no controller: Slurm's own tools give up by themselves, or are given up."""
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_controller_that_is_gone_or_hangs_is_one_line(
+    bench: Bench, hope: Hope, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    """A real client without a controller that answers: Slurm's own tools give up by themselves, or are given up."""
     file = bench.folder / "nobody.conf"
     conf = Path(os.environ["SLURM_CONF"]).read_text()
     port = next(line for line in conf.splitlines() if line.startswith("SlurmctldPort="))
-    file.write_text(conf.replace(port, "SlurmctldPort=9\nMessageTimeout=2"))
+    file.write_text(conf.replace(port, f"{port if hangs else 'SlurmctldPort=9'}\nMessageTimeout=2"))
     (bench.folder / "bad.yaml").write_text(json.dumps(bench.site))
     monkeypatch.setenv("SLURM_CONF", str(file))
-    done = hope("submit", "run.yaml", "name=bad", "--site", "bad.yaml", check=False)
+    controller = int((bench.cluster.folder / "run" / "slurmctld.pid").read_text())
+    if hangs:
+        os.kill(controller, signal.SIGSTOP)
+    try:
+        done = hope("submit", "run.yaml", "name=bad", "--site", "bad.yaml", check=False)
+    finally:
+        os.kill(controller, signal.SIGCONT)
     assert done.returncode == 2
     assert "Slurm does not answer" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -130,7 +147,9 @@ def test_a_controller_that_is_gone_is_one_line(bench: Bench, hope: Hope, monkeyp
 def test_what_is_submitted_is_kept(bench: Bench, hope: Hope) -> None:
     """Code, configuration, script and request lie in the run directory; a second submission is refused meanwhile."""
     first = blocker(bench, "hope-kept")
-    run = bench.submit("kept", "seed=7", "--nodes", "1", "--ranks-per-node", "2", "--dependency", "singleton")
+    place = f"dir={bench.folder}/runs/all of {{name}}"  # what Slurm would take for another option
+    more = ("--nodes", "1", "--ranks-per-node", "2", "--dependency", "singleton")
+    run = bench.submit("kept", "seed=7", place, *more)
     try:
         places = Places(run.run_dir)
         request = read_request(places.submission(1) / "request.json")
@@ -139,7 +158,9 @@ def test_what_is_submitted_is_kept(bench: Bench, hope: Hope) -> None:
         assert (request.ranks_per_node, request.elastic, request.chain) == (2, False, False)
         assert (Path(request.code["folder"]) / "launch" / "supervise.py").is_file()
         assert "#SBATCH --dependency=singleton\n" in (places.submission(1) / "job.sh").read_text()
-        again = hope("submit", "run.yaml", "name=kept", "--site", "kept.site.yaml", "--nodes", "2", check=False)
+        output = places.submission(1) / f"job-{run.jobs[0]}.out"
+        assert f"StdOut={output} " in bench.cluster.slurm.call("scontrol", "-o", "show", "job", run.jobs[0])
+        again = hope("submit", "run.yaml", "name=kept", place, "--site", "kept.site.yaml", "--nodes", "2", check=False)
         assert again.returncode == 2
         assert f"has job {run.jobs[0]} already" in again.stderr
         status = json.loads(hope("status", run.jobs[0], "--json").stdout)
@@ -168,6 +189,59 @@ def test_a_sweep_is_an_array_of_runs(bench: Bench, hope: Hope) -> None:
         assert bench.cluster.slurm.job(f"{job}_3") is not None
     finally:
         bench.cluster.settle()
+
+
+def test_a_sweep_is_one_thing_and_its_tasks_are_too(
+    bench: Bench, hope: Hope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled whole; resubmitted whole or one task alone, from any folder. Held, so that nothing is trained."""
+    sweep = bench.submit("held", "--grid", "seed=1,2,3", "--array", "0,2", site={"extra": ["--hold"]})
+    (home, job), tasks = (str(sweep.run_dir), sweep.jobs[0]), [Path(f"{sweep.run_dir}-{task}") for task in range(3)]
+
+    def waiting() -> list[str]:
+        text = bench.cluster.slurm.call("squeue", "-h", "-r", "-t", "PD", "-n", "hope-held", "-o", "%K")
+        return sorted(text.split())
+
+    try:
+        assert waiting() == ["0", "2"]
+        assert not Places(tasks[1]).events()  # nobody asked for it
+        assert [status["run"] for status in json.loads(hope("status", job, "--json").stdout)] == ["held-0", "held-2"]
+        assert json.loads(hope("history", home, "--json").stdout) == []
+        assert "name one of its runs (held-0, held-2)" in hope("logs", home, check=False).stderr
+        monkeypatch.chdir(tmp_path)
+        assert hope("cancel", home).stdout.count("is cancelled") == 2
+        assert waiting() == []
+        (tasks[2] / "STOP").write_text("cancelled\n")  # to a start that ended before it could obey
+        hope("resubmit", str(tasks[2]))
+        assert waiting() == ["2"]
+        assert not (tasks[2] / "STOP").exists()
+        assert f"\ncd {bench.folder} " in (sweep.places.submission(2) / "job.sh").read_text()
+        hope("cancel", str(tasks[2]))
+        hope("resubmit", home)
+        assert waiting() == ["0", "2"]
+        requests = [read_request(sweep.places.submission(3) / f"request-{task}.json") for task in range(3)]
+        assert [request.load().seed for request in requests] == [1, 2, 3]
+    finally:
+        bench.cluster.settle()
+
+
+def test_of_a_chain_all_jobs_are_queued_or_none(
+    bench: Bench, hope: Hope, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm stops answering after the first one."""
+    before = queued(bench)
+    real = shutil.which("sbatch")
+    (tmp_path / "sbatch").write_text(
+        f'#!/bin/bash\n[[ "$*" == *--test-only* ]] || echo x >>{tmp_path}/calls\n'
+        f'[ ! -e {tmp_path}/calls ] || [ $(wc -l <{tmp_path}/calls) -lt 2 ] || exit 1\nexec {real} "$@"\n'
+    )
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (bench.folder / "half.yaml").write_text(json.dumps({**bench.site, "extra": ["--hold"]}))
+    done = hope("submit", "run.yaml", "name=half", "--site", "half.yaml", "--chain", "3", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (tmp_path / "calls").read_text() == "x\nx\n"
+    assert [line for line in queued(bench) if line not in before and "CANCELLED" not in line] == []
 
 
 def test_a_run_that_cannot_be_found_is_one_line(hope: Hope) -> None:

@@ -42,17 +42,24 @@ def test_words_that_are_no_overrides(tmp_path: Path) -> None:
     file.write_text("seed 1\n", encoding="utf-8")
     with pytest.raises(UserError, match="'seed'"):
         sweep_overrides(str(file), [])
+    file.write_text('seed=1\nname="a b\n', encoding="utf-8")
+    with pytest.raises(UserError, match="line 2: no closing quotation"):
+        sweep_overrides(str(file), [])
     file.write_text("# nothing\n", encoding="utf-8")
     with pytest.raises(UserError, match="no task"):
         sweep_overrides(str(file), [])
 
 
-@pytest.mark.parametrize(("text", "option"), [(None, "0-5"), ("0-5%2", "0-5%2"), ("1,3", "1,3"), ("0-5:2", "0-5:2")])
-def test_tasks_to_run(text: str | None, option: str) -> None:
-    assert array_option(text, 6) == option
+@pytest.mark.parametrize(
+    ("text", "tasks"),
+    [("0-5%2", [0, 1, 2, 3, 4, 5]), ("1,3", [1, 3]), ("0-5:2", [0, 2, 4]), ("5,0-2:2,1", [0, 1, 2, 5])],
+)
+def test_tasks_to_run(text: str, tasks: list[int]) -> None:
+    assert array_option(text, 6) == (text, tasks)
+    assert array_option(None, 6) == ("0-5", [0, 1, 2, 3, 4, 5])
 
 
-@pytest.mark.parametrize("text", ["0-6", "x", "7", "1,9%2"])
+@pytest.mark.parametrize("text", ["0-6", "x", "7", "1,9%2", "3-1", "0-5%", "0-5%0", "", "1,,2", "0-99999999999"])
 def test_tasks_that_are_not_there(text: str) -> None:
     with pytest.raises(UserError, match="--array"):
         array_option(text, 6)
