@@ -181,14 +181,15 @@ def hang(bench: Bench, seed: int, measured: Measured) -> Run:
     return run
 
 
-def full_disk(bench: Bench, seed: int, measured: Measured) -> Run:
-    """The run directory's disk is full for a while."""
-    place = bench.folder / f"disk-{seed}"
+def full_disk(bench: Bench, seed: int, measured: Measured, starts: int = 1) -> Run:
+    """The run directory's disk is full until so many starts of the job have ended by it."""
+    name = f"disk{starts}-{seed}"
+    place = bench.folder / name
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120M", "tmpfs", str(place)], check=True)
     try:
         more = ("checkpoint.every=2", f"train.tokens={256 * STEPS}")
-        run = bench.submit(f"disk-{seed}", f"seed={seed}", f"dir={place}/run", *more)
+        run = bench.submit(name, f"seed={seed}", f"dir={place}/run", *more)
         filler = place / "filler"
 
         def fault() -> None:
@@ -197,19 +198,27 @@ def full_disk(bench: Bench, seed: int, measured: Measured) -> Run:
                     file.write(b"x" * 65536)
                     file.flush()
 
-        def noticed() -> Any:
-            found = run.events("ended")
-            if found:
+        def noticed() -> bool:
+            job = run.slurm.job(run.jobs[0])
+            enough = job is not None and (job.restarts >= starts or (starts == 1 and bool(run.events("ended"))))
+            if enough:
                 filler.unlink(missing_ok=True)
-            return found
+            return enough
 
         measure(run, measured, fault, fault_step(seed), noticed)
         run.complete()
-        shutil.copytree(place / "run", bench.folder / "runs" / f"disk-{seed}")
-        return Run(bench, bench.folder / "runs" / f"disk-{seed}", run.jobs)
+        shutil.copytree(place / "run", bench.folder / "runs" / name)
+        return Run(bench, bench.folder / "runs" / name, run.jobs)
     finally:
         bench.cluster.settle()
         subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def full_disk_for_long(bench: Bench, seed: int, measured: Measured) -> Run:
+    """Two more starts find the disk full."""
+    run = full_disk(bench, seed, measured, starts=3)
+    measured.notes.append("until the third restart")
+    return run
 
 
 def cancelled(bench: Bench, seed: int, measured: Measured) -> Run:
@@ -242,6 +251,53 @@ def time_limit(bench: Bench, seed: int, measured: Measured) -> Run:
     row = run.wait("its first step", lambda: [row for row in run.rows() if row["time"] > begun["time"]][:1])[0]
     measured.recovered_s, measured.steps_lost = round(row["time"] - before, 1), 0
     measured.notes.append(f"saved at step {first['step']}; `{first['reason']}`")
+    return run
+
+
+STUCK_DISK = """\
+# Python runs this when it starts: a disk that stands still while the run is asked to stop.
+import os, time
+if "RANK" in os.environ:
+    flush, run_dir = os.fsync, os.environ["STUCK_DISK"]
+    def fsync(file):
+        while os.path.exists(f"{run_dir}/STOP"):
+            time.sleep(0.1)
+        flush(file)
+    os.fsync = fsync
+"""
+
+
+def late_save(bench: Bench, seed: int, measured: Measured) -> Run:
+    """The save before the time limit is not done when the time is up. Seconds since then."""
+    disk = bench.folder / "stuck-disk"
+    disk.mkdir(exist_ok=True)
+    (disk / "sitecustomize.py").write_text(STUCK_DISK)
+    name = f"late-{seed}"
+    stuck = {"PYTHONPATH": str(disk), "STUCK_DISK": str(bench.folder / "runs" / name)}
+    site = {"environment": {**bench.site["environment"], **stuck}, "survive": {"save_s": 300}}
+    run = bench.submit(name, f"seed={seed}", *LONG, "--time", "2", site=site)
+    run.wait("the signal", lambda: run.events("asked"))
+    job = run.slurm.job(run.jobs[0])
+    assert job is not None
+    assert job.end is not None
+    first = run.wait("the end of the start", lambda: run.events("ended"))[0]
+    measured.detected_s = round(first["time"] - job.end, 1)
+    measured.fault_step = run.step()
+    if first["action"] != "requeue" or "the save was not done in time" not in first["reason"]:
+        raise Failed(f"another end: {first}")
+    kept = run.places.newest_step()
+    bench.hope("checkpoint", "verify", str(run.run_dir))
+    run.slurm.update(run.jobs[0], TimeLimit="20")  # once is enough
+    begun = run.wait("the next start", lambda: run.events("started")[1:])[0]
+    if begun["from_step"] != kept:
+        raise Failed(f"went on from step {begun['from_step']}, the newest checkpoint was of {kept}")
+    row = run.wait("its first step", lambda: [row for row in run.rows() if row["time"] > begun["time"]][:1])[0]
+    measured.recovered_s = round(row["time"] - job.end, 1)
+    measured.steps_lost = measured.fault_step - kept
+    told = bench.hope("launch", "history", str(run.run_dir), "--json").stdout
+    if "the save was not done in time" not in json.loads(told)[0]["end"]:
+        raise Failed(f"history does not say it: {told}")
+    measured.notes.append(f"went on from step {kept}")
     return run
 
 
@@ -283,8 +339,10 @@ SCENARIOS: dict[str, Callable[[Bench, int, Measured], Run]] = {
     "drained node": drained_node,
     "hang": hang,
     "full disk": full_disk,
+    "full disk for long": full_disk_for_long,
     "cancelled": cancelled,
     "time limit": time_limit,
+    "late save": late_save,
     "chain": chain,
     "sick node": sick_node,
 }
@@ -297,7 +355,7 @@ def run_scenario(bench: Bench, name: str, seed: int) -> Measured:
         run = SCENARIOS[name](bench, seed, measured)
         run.complete()
         measured.starts = len(run.events("started"))
-        tokens = LONG if name in ("time limit", "lost node") else ()
+        tokens = LONG if name in ("time limit", "late save", "lost node") else ()
         measured.same = same_checkpoint(run.run_dir, bench.reference(seed, *tokens))
     finally:
         bench.cluster.settle()
