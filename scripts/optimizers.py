@@ -7,7 +7,7 @@
 The configuration's `lr` is that of everything that is no matrix, by AdamW in all runs. What differs is the rule of the
 matrices and its rate, `matrix_lr_scale` times `lr`: first every rule runs with every factor of its grid and the first
 seed, then with its best factor and the other seeds, then once more with every seed and noise. A rule whose best factor
-lies at an end of its grid is swept further in that direction, at most twice. With --factors-of nothing is swept: the
+lies at an end of its grid is swept further in that direction, at most four times. With --factors-of nothing is swept: the
 factors are the best ones of an earlier, smaller study.
 
 Noise: with probability --noise a batch's gradients get Gaussian noise added, parameter by parameter, of --noise-size
@@ -90,7 +90,8 @@ def train(config: RunConfig, data: DataBundle, noise: float, size: float) -> Res
     assert data.validation is not None
     batches = list(data.validation.validation_batches(config.train.micro_batch_size, config.eval.validation_batches))
     held_out = validation_loss(engine.model, batches, "cpu", config.train.precision)
-    words = [row["word_ppl"] for row in wikitext(config, data).evaluate(engine.model, "validation", 0, 0)]
+    rows = wikitext(config, data).evaluate(engine.model, "validation", 0, 0)
+    words = [row["word_ppl"] for row in rows if "word_ppl" in row]
     return {
         "loss": held_out,
         "word_ppl": words[0] if words else None,
@@ -155,7 +156,7 @@ class Study:
     def best_factor(self, variant: str, seed: int) -> float:
         """Swept with one seed."""
         factors = list(VARIANTS[variant][1])
-        for _ in range(2):
+        for _ in range(4):
             losses = [self._loss(variant, factor, seed) for factor in factors]
             best = losses.index(min(losses))
             if 0 < best < len(factors) - 1:

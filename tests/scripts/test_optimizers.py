@@ -24,7 +24,7 @@ def study_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimum: float) ->
         factor = config.optimizer.matrix_lr_scale
         tried.append(factor)
         loss = None if factor > 100 * optimum else math.log(factor / optimum) ** 2 + noise
-        return {"loss": loss, "curve": [], "seconds": 1.0, "refused": 0, "steps": 4}
+        return {"loss": loss, "word_ppl": 100.0 + noise, "curve": [5.0, 4.0], "seconds": 1.0, "refused": 0, "steps": 4}
 
     monkeypatch.setattr(optimizers, "train", train)
     monkeypatch.setattr(optimizers, "open_data", lambda *arguments: None)
@@ -36,8 +36,8 @@ def study_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimum: float) ->
     [
         (1.0, [1 / 3, 1, 3]),
         (3.0, [1 / 3, 1, 3, 9]),
-        (0.01, [1 / 3, 1, 3, 1 / 9, 1 / 27]),
-        (100.0, [1 / 3, 1, 3, 9, 27]),
+        (0.01, [1 / 3, 1, 3, 1 / 9, 1 / 27, 1 / 81, 1 / 243]),
+        (1e5, [1 / 3, 1, 3, 9, 27, 81, 243]),
     ],
 )
 def test_the_sweep_goes_on_where_the_best_factor_is_at_an_end(
@@ -62,6 +62,27 @@ def test_what_is_there_is_not_repeated(tmp_path: Path, monkeypatch: pytest.Monke
     sweep, comparison = tables(study.results)
     assert sweep.row_count == 6
     assert comparison.row_count == 4
+    optimizers.plot(study.results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_larger_study_takes_the_factors_of_a_smaller_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, _ = study_of(tmp_path, monkeypatch, 3.0)
+    study.run(["muon"], [0])
+    _, tried = study_of(tmp_path, monkeypatch, 1.0)
+    arguments = ["configs/hope_tiny.yaml", "--out", str(tmp_path / "larger"), "--factors-of", str(tmp_path)]
+    assert optimizers.main([*arguments, "--rules", "muon", "--seeds", "0", "1"]) == 0
+    assert tried == [3.0] * 4, "two seeds, without noise and with it"
+    assert optimizers.main([*arguments, "--rules", "adamw"]) == 2
+    assert "has no runs of adamw" in capsys.readouterr().err
+
+
+def test_what_has_diverged_has_no_mean() -> None:
+    assert optimizers.mean_and_spread([1.0, 2.0, 3.0], 2) == "2.00 ± 1.00"
+    assert optimizers.mean_and_spread([1.0, None], 2) == "some diverged"
+    assert optimizers.mean_and_spread([None], 2) == "-"
 
 
 def test_noise_is_in_proportion_and_the_same_for_every_rule() -> None:
