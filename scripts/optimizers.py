@@ -7,8 +7,8 @@
 The configuration's `lr` is that of everything that is no matrix, by AdamW in all runs. What differs is the rule of the
 matrices and its rate, `matrix_lr_scale` times `lr`: first every rule runs with every factor of its grid and the first
 seed, then with its best factor and the other seeds, then once more with every seed and noise. A rule whose best factor
-lies at an end of its grid is swept further in that direction, at most four times. With --factors-of nothing is swept: the
-factors are the best ones of an earlier, smaller study.
+lies at an end of its grid is swept further in that direction, at most four times. With --factors-of nothing is swept:
+the factors are the best ones of an earlier, smaller study.
 
 Noise: with probability --noise a batch's gradients get Gaussian noise added, parameter by parameter, of --noise-size
 times the gradient's own root mean square, before the optimizer sees them (so before clipping). Which batches depends on
