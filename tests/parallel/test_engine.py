@@ -149,7 +149,7 @@ def test_bf16_exchanges_follow_one_process_to_its_precision(gang: Gang) -> None:
     assert expected["reports"][0]["loss"] != alone("hope_attention", "float32", False)["reports"][0]["loss"]
 
 
-@pytest.mark.parametrize("arch", ["hope_nested", "transformer_pp"])
+@pytest.mark.parametrize("arch", [pytest.param("hope_nested", marks=pytest.mark.slow), "transformer_pp"])
 def test_a_checkpoint_of_any_layout_is_read_by_any_other(gang: Gang, tmp_path: Path, arch: str) -> None:
     # 67 rows of vocabulary on 4, 2 and 1 ranks; step 3 is in mid-period of two levels.
     written = gang.run(cases.save, 4, folder=str(tmp_path), arch=arch, steps=3, tp=4, tied=True)[0]
@@ -169,7 +169,14 @@ def test_a_checkpoint_of_any_layout_is_read_by_any_other(gang: Gang, tmp_path: P
                 assert torch.equal(read[name], tensor), (name, ranks, layout)
 
 
-@pytest.mark.parametrize("layout", [{"dp_shard": 2, "tp": 2}, {"dp_shard": 4}, {"dp_shard": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"dp_shard": 2, "tp": 2},
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in ({"dp_shard": 4}, {"dp_shard": 2})),
+    ],
+    ids=str,
+)
 def test_a_checkpoint_of_shards_is_read_by_any_other_layout(gang: Gang, tmp_path: Path, layout: dict[str, Any]) -> None:
     arch = "hope_nested"
     written = gang.run(cases.save, 4, folder=str(tmp_path), arch=arch, steps=3, tied=True, **layout)[0]

@@ -34,20 +34,30 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), pieces=401)
 
 
-@pytest.mark.parametrize("arch", [pytest.param("hope", marks=pytest.mark.slow), "hope_attention"])
-def test_the_text_is_that_of_one_process(gang: Gang, tmp_path: Path, tokenizer: Tokenizer, arch: str) -> None:
+@pytest.mark.parametrize(
+    ("arch", "temperature"),
+    [
+        ("hope_attention", "0.9"),
+        pytest.param("hope_attention", "0", marks=pytest.mark.slow),
+        pytest.param("hope", "0.9", marks=pytest.mark.slow),
+        pytest.param("hope", "0", marks=pytest.mark.slow),
+    ],
+)
+def test_the_text_is_that_of_one_process(
+    gang: Gang, tmp_path: Path, tokenizer: Tokenizer, arch: str, temperature: str
+) -> None:
     assert tokenizer.vocab_size % 2 == 1
     four = {"n_heads": 4, "tie_embeddings": arch == "hope"}
     make_run(tmp_path, run_config(arch, tokenizer.vocab_size, model=four), tokenizer)
-    arguments = ["generate", str(tmp_path), "--prompt", "The café ", "--max-tokens", "40", "--seed", "5"]
-    for options in (["--temperature", "0"], ["--temperature", "0.9"]):
-        ((code, text, said),) = gang.run(jobs.command, 1, arguments=[*arguments, *options])
-        assert (code, said) == (0, "")
-        assert len(text) > len("The café \n")
-        for ranks, layout in LAYOUTS:
-            first, *others = gang.run(jobs.command, ranks, arguments=[*arguments, *options, *layout])
-            assert first == (0, text, ""), (ranks, layout)
-            assert others == [(0, "", "")] * (ranks - 1), (ranks, layout)
+    how = ["--max-tokens", "40", "--seed", "5", "--temperature", temperature]
+    arguments = ["generate", str(tmp_path), "--prompt", "The café ", *how]
+    ((code, text, said),) = gang.run(jobs.command, 1, arguments=arguments)
+    assert (code, said) == (0, "")
+    assert len(text) > len("The café \n")
+    for ranks, layout in LAYOUTS:
+        first, *others = gang.run(jobs.command, ranks, arguments=[*arguments, *layout])
+        assert first == (0, text, ""), (ranks, layout)
+        assert others == [(0, "", "")] * (ranks - 1), (ranks, layout)
 
 
 def test_one_object_at_the_end_and_one_line_of_error(gang: Gang, tmp_path: Path, tokenizer: Tokenizer) -> None:

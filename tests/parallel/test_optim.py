@@ -122,7 +122,7 @@ def test_states_of_any_layout_are_read_by_any_other(gang: Gang, tmp_path: Path, 
                 assert torch.equal(read[name], tensor), (name, ranks, layout)
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "dp2", "tp2-sp-dp2", "hsdp"])
+@pytest.mark.parametrize("layout", ["tp2-sp", "dp2", "tp2-sp-dp2", pytest.param("hsdp", marks=pytest.mark.slow)])
 def test_no_matrix_is_worked_on_twice(gang: Gang, layout: str) -> None:
     ranks, options = LAYOUTS[layout]
     found = gang.run(cases.worked_on, ranks, arch="hope_attention", optimizer={"name": "muon"}, **options)

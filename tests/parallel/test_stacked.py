@@ -41,7 +41,14 @@ LAYOUTS: tuple[tuple[int, dict[str, Any]], ...] = (
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [(2, {}), (4, {}), (4, {"tp": 2}), (4, HSDP), (4, {"dp_shard": 2, "tp": 2})]
+    ("ranks", "layout"),
+    [
+        (2, {}),
+        (4, {"tp": 2}),
+        (4, HSDP),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+        pytest.param(4, {"dp_shard": 2, "tp": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_layout_reads_its_own_and_another_the_sum(
     gang: Gang, tmp_path: Path, ranks: int, layout: dict[str, Any]
@@ -101,7 +108,13 @@ def stop_and_go_on(gang: Gang, tiny: Tiny, name: str, ranks: int, *layout: str) 
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(2, ()), (4, ()), (4, ("parallel.tp=2",)), (4, ("parallel.dp_shard=2",)), (2, ("parallel.dp_shard=2",))],
+    [
+        (2, ()),
+        (4, ("parallel.tp=2",)),
+        (2, ("parallel.dp_shard=2",)),
+        pytest.param(4, (), marks=pytest.mark.slow),
+        pytest.param(4, ("parallel.dp_shard=2",), marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_in_mid_period_leaves_no_trace(gang: Gang, tiny: Tiny, ranks: int, layout: tuple[str, ...]) -> None:
     train(gang, tiny, ranks, "whole", "checkpoint.every=0", *layout)

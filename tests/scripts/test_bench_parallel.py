@@ -57,6 +57,7 @@ def test_a_sharded_checkpoint_against_copies(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("copy_*"))
 
 
+@pytest.mark.slow
 def test_an_engine_s_row() -> None:
     row = spread(2, {"row": "engine", "engine": "deepspeed stage 1, dp 2", "steps": 1})
     assert "error" not in row
