@@ -101,12 +101,13 @@ def tokenize_command(config_path: str, overrides: Sequence[str], out: str, worke
         "tokenizer": manifest["tokenizer"],
         "splits": manifest["splits"],
         "counts": manifest["counts"],
+        "retries": manifest["retries"],
         "seconds": round(time.perf_counter() - began, 1),
     }
     if as_json:
         print(json.dumps(figures, ensure_ascii=False))
         return 0
-    flat: dict[str, Any] = {name: figures[name] for name in ("path", "shards", "tokenizer", "seconds")}
+    flat: dict[str, Any] = {name: figures[name] for name in ("path", "shards", "tokenizer", "seconds", "retries")}
     for split, entry in manifest["splits"].items():
         flat |= {f"{split} {name}": entry[name] for name in ("documents", "tokens", "bytes", "unknowns")}
     flat |= {f"records: {name}": count for name, count in manifest["counts"].items()}

@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 from data_pipelines.lanes import Corpus, Lane
 from data_pipelines.packing import Chunk, packed_rows
-from data_pipelines.shards import list_shards
+from data_pipelines.shards import Shard
 from data_pipelines.tokenizer import Tokenizer
-from data_pipelines.unpacking import GzipIndexes
 from hope_train.config.data import DataConfig
 from hope_train.errors import UserError
 
@@ -32,15 +31,14 @@ class Recipe:
     data: DataConfig
     proto: bytes
     tokenizer_name: str
-    indexes: GzipIndexes
+    shards: list[Shard]
     seed: int
     context_length: int
 
     def open(self) -> tuple[Corpus, int]:
         """The corpus and the end-of-text id. Raises UserError."""
         tokenizer = Tokenizer.from_proto(self.proto, self.tokenizer_name, self.data.lossy_tokenizer)
-        shards = list_shards(self.data.sources, self.data.hub_timeout, self.indexes)
-        return Corpus(self.data, shards, tokenizer, self.seed), tokenizer.eot_id
+        return Corpus(self.data, self.shards, tokenizer, self.seed), tokenizer.eot_id
 
 
 def chunks_of(

@@ -20,7 +20,8 @@ _FINGERPRINT_BYTES = 1 << 16
 def find_files(path: Path) -> list[Path]:
     """The text files at `path`: itself, or all below a folder in natural order (part-2 before part-10).
 
-    Hidden files and folders are left out. Raises UserError if there is none.
+    Hidden files and folders are left out, links to folders are followed. Raises UserError if there is none, and where
+    links lead round in a circle.
     """
     if path.is_file():
         if not path.name.lower().endswith(SUFFIXES):
@@ -29,8 +30,11 @@ def find_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise UserError(f"no file or folder {path}")
     found = []
-    for folder, folders, names in os.walk(path, onerror=_refuse):
+    for folder, folders, names in os.walk(path, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in (Path(folder, name) for name in folders if Path(folder, name).is_symlink()):
+            if link.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents):
+                raise UserError(f"{link}: the link leads back to a folder that it is in: remove it")
         found += [Path(folder, name) for name in names if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
     if not found:
         raise UserError(f"{path}: the folder holds no text files; known are {', '.join(SUFFIXES)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from data_pipelines.lanes import Corpus
 from data_pipelines.pack import CorpusSplit, PackWriter, open_split
 from data_pipelines.records import Place
 from data_pipelines.selecting import Selector, reading_again
+
+_log = logging.getLogger(__name__)
 
 _FARTHEST = 4.0
 """Reading ends when so many times the text has been read in which enough was to be expected."""
@@ -68,7 +71,9 @@ def _find(corpus: Corpus) -> Iterator[tuple[str, str]]:
         for shard in (shard for shard in corpus.shards if shard.source == number):
             if tokens >= wanted or read >= max(farthest, _LEAST):
                 break
-            records = reading_again(shard, Place(), 0, 1, selector.columns, data.retries, data.retry_seconds)
+            records = reading_again(
+                *(shard, Place(), 0, 1, selector.columns, data.retries, data.retry_seconds, _log.warning)
+            )
             for record in records:
                 read += len(record.text or "")
                 if selector.judge(record) == "held_out" and record.text is not None:

@@ -33,6 +33,11 @@ class HubFile:
     def __str__(self) -> str:
         return self.url
 
+    @property
+    def commit(self) -> str:
+        """The hub's commit that it belongs to."""
+        return self.url.partition("@")[2].partition("/")[0]
+
     def open(self, mode: str = "rb") -> Any:
         """The file as a seekable binary stream. Raises OSError, with ETIMEDOUT for whatever may pass."""
         return io.BufferedReader(_HubStream(self.url), _BUFFER)
@@ -93,8 +98,8 @@ def _passing(url: str, error: BaseException) -> OSError:
     return OSError(errno.ETIMEDOUT, f"{type(error).__name__}: {one_line(error)[:200]}", url)
 
 
-def hub_files(name: str, *, split: str, revision: str | None, timeout: float) -> tuple[list[HubFile], str]:
-    """The files of a split, in the order of `datasets`, and the commit they belong to.
+def hub_files(name: str, *, split: str, revision: str | None, timeout: float) -> list[HubFile]:
+    """The files of a split at one commit, in the order of `datasets`.
 
     Args:
         name: `owner/name` or `owner/name:config`.
@@ -116,5 +121,4 @@ def hub_files(name: str, *, split: str, revision: str | None, timeout: float) ->
             raise UserError(f"hub data set {name}: {one_line(error)[:300]}") from error
     if split not in found:
         raise UserError(f"hub data set {name}: no split {split!r}; it has {', '.join(map(str, found)) or 'no files'}")
-    files = [HubFile(str(url)) for url in found[split]]
-    return files, str(builder.hash or revision or "")
+    return [HubFile(str(url)) for url in found[split]]

@@ -199,9 +199,10 @@ class GroupStream:
                 return block
             if empty_epochs == (1000 if counts["documents"] else _EMPTY_EPOCHS):
                 lanes = self._corpus.data.stream.lanes
+                advice = "use data.mode=cached for so little text" if not counts else "look at what is filtered out"
                 raise UserError(
-                    f"lane {self._lane} of data.stream.lanes={lanes} has no training document ({_say(counts)}): set "
-                    "fewer lanes, or use data.mode=cached for so little text"
+                    f"lane {self._lane} of data.stream.lanes={lanes} has no training document ({say_counts(counts)}): "
+                    f"set fewer lanes, or {advice}"
                 )
             empty_epochs += 1
 
@@ -234,7 +235,8 @@ def _frozen(counts: Counter[str]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted((name, count) for name, count in counts.items() if count))
 
 
-def _say(counts: Counter[str]) -> str:
+def say_counts(counts: Counter[str]) -> str:
+    """What became of records, in words."""
     return ", ".join(f"{count} {name}" for name, count in _frozen(counts)) or "no records at all"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from data_pipelines.tokenizer import END_OF_TEXT, Tokenizer
 from hope_train.config.load import load_config
 from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 def inspect_command(
@@ -196,7 +199,9 @@ def _tally_streaming(config: RunConfig, bundle: DataBundle) -> dict[str, list[Ta
         selector = Selector(source, data)
         tallies = {side: Tally(describe_source(source)) for side in found}
         for shard in (shard for shard in shards if shard.source == number):
-            records = reading_again(shard, Place(), 0, 1, selector.columns, data.retries, data.retry_seconds)
+            records = reading_again(
+                *(shard, Place(), 0, 1, selector.columns, data.retries, data.retry_seconds, _log.warning)
+            )
             for record in records:
                 verdict = selector.judge(record)
                 for tally in tallies.values():

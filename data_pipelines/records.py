@@ -237,12 +237,38 @@ def _rows(batch: Any, first: int, done: int, where: str, text_field: str, part: 
     if not chosen:
         return
     batch = batch.take(chosen) if parts > 1 else batch.slice(skip)
-    names = [name for name in batch.schema.names if name != text_field]
-    others = [batch.column(name).to_pylist() for name in names]
-    for place, text in enumerate(batch.column(text_field).to_pylist()):
+    columns = {name: _values(batch.column(name)) for name in batch.schema.names}
+    for place, text in enumerate(columns[text_field]):
         number = first + chosen[place] + 1
-        row = {name: values[place] for name, values in zip(names, others, strict=True)}
-        yield text_record(number, Place(number, number), text, row, f"{where}:{number}")
+        row = {name: values[place] for name, values in columns.items()}
+        del row[text_field]
+        wrong = next((value for value in (text, *row.values()) if isinstance(value, UnicodeDecodeError)), None)
+        if wrong is not None:
+            fault = Fault("not_utf8", _not_utf8(f"{where}:{number}", wrong))
+            yield Record(number, Place(number, number), None, {}, fault)
+        else:
+            yield text_record(number, Place(number, number), text, row, f"{where}:{number}")
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as Python has it; the error in place of a text that is not UTF-8, which the format does not prevent."""
+    import pyarrow
+
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if pyarrow.types.is_nested(column.type):
+            raise
+        return [_decoded(value) for value in column.cast(pyarrow.large_binary()).to_pylist()]
+
+
+def _decoded(raw: bytes | None) -> str | UnicodeDecodeError | None:
+    try:
+        return None if raw is None else raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _check_columns(schema: Any, where: str, text_field: str, columns: Sequence[str] | None) -> list[str]:

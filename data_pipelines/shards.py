@@ -46,6 +46,11 @@ class FileShard:
     text_field: str
     indexes: GzipIndexes | None
 
+    @property
+    def commit(self) -> str | None:
+        """Of a file on the hub."""
+        return self.file.commit if isinstance(self.file, HubFile) else None
+
     def records(self, place: Place, part: int, parts: int, columns: Sequence[str] | None) -> Iterator[Record]:
         indexes = self.indexes if isinstance(self.file, Path) else None
         return read_records(self.file, self.text_field, place, part, parts, columns, indexes)
@@ -91,7 +96,7 @@ def list_shards(sources: Sequence[SourceConfig], hub_timeout: float, indexes: Gz
                 name = label if file == root else f"{label}/{file.relative_to(root).as_posix()}"
                 found.append(FileShard(name, number, file, source.text_field, indexes))
         elif source.hub is not None:
-            files, _ = hub_files(source.hub, split=source.split, revision=source.revision, timeout=hub_timeout)
+            files = hub_files(source.hub, split=source.split, revision=source.revision, timeout=hub_timeout)
             for remote in files:
                 if not remote.name.lower().endswith(SUFFIXES) or remote.name.lower().endswith(".arrow"):
                     kinds = ", ".join(SUFFIXES[:-1])

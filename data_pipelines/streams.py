@@ -53,6 +53,7 @@ class StreamSource(BatchSource):
         self._chunks: dict[int, Chunk] = {}
         self._running: set[int] = set()
         self._known: dict[int, list[dict[str, Any]]] = {}
+        self._asked: dict[int, int] = {}
         self._counts: dict[int, Counter[str]] = {}
         self._prepared: tuple[tuple[int, int, int], Batch] | None = None
 
@@ -106,6 +107,7 @@ class StreamSource(BatchSource):
         _, first = np.unique(samples % self.lanes, return_index=True)
         for sample in samples[first].tolist():
             lane, row = sample % self.lanes, sample // self.lanes
+            self._asked[lane] = row
             if lane not in self._running:
                 self._begin(lane, row)
 
@@ -146,9 +148,13 @@ class StreamSource(BatchSource):
         known = self._known.setdefault(lane, [])
         if all(place["first"] != chunk.first for place in known):
             known.append(chunk.snapshot)
-            if len(known) > _KNOWN:  # The newest, and of the older ones every other.
+            if (
+                len(known) > _KNOWN
+            ):  # The newest, of the older ones every other, and where this batch began: it may fail.
                 known.sort(key=lambda place: int(place["first"]))
+                began = [place for place in known if place["first"] <= self._asked.get(lane, 0)][-1:]
                 del known[1 : -_KNOWN // 2 : 2]
+                known += [place for place in began if place not in known]
 
     # For checkpoints and logs
 
@@ -234,6 +240,6 @@ def open_stream(
             for source in data.sources
         ],
     }
-    recipe = Recipe(data, tokenizer.proto, tokenizer.path, indexes, seed, context_length)
+    recipe = Recipe(data, tokenizer.proto, tokenizer.path, shards, seed, context_length)
     held_out = held_out_split(Corpus(data, shards, tokenizer, seed), identity)
     return StreamSource(recipe, sizes, tell), identity, held_out

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
+import os
 import signal
+import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipelines.lanes import say_counts
 from data_pipelines.megatron import IndexedWriter, indexed_dtype
 from data_pipelines.records import Place
 from data_pipelines.selecting import LONG_CHARACTERS, Selector, load_filter, reading_again
-from data_pipelines.shards import Shard, fingerprint_shards, list_shards
+from data_pipelines.shards import FileShard, Shard, fingerprint_shards, list_shards
 from data_pipelines.sources import describe_source
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.tokenset import (
@@ -30,13 +37,17 @@ from data_pipelines.tokenset import (
     shard_file,
     write_json,
 )
-from hope_train.config.data import DataConfig
+from hope_train.config.data import DataConfig, SourceConfig
 from hope_train.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 FEWEST_PARTS = 16
 """Where there are fewer files than this, each is divided (record by record) until there are about so many shards."""
 
 _BATCH_CHARACTERS = 1 << 20
+
+_JOIN_SECONDS = 5.0
 
 _HELD_OUT = {"documents": "train", "held_out": "validation"}
 
@@ -63,8 +74,10 @@ def tokenise(
         raise UserError("max_bytes limits a stream that is read in order, and shards are not: leave it out")
     import filelock
 
-    shards = list_shards(data.sources, data.hub_timeout)
+    sources = _at_commits(data.sources, _commits_of_before(out))
+    shards = list_shards(sources, data.hub_timeout)
     plan = make_plan(data, tokenizer, shards)
+    sources = _at_commits(sources, plan["commits"])
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(out / ".lock")
@@ -80,12 +93,12 @@ def tokenise(
         if len(jobs) < len(plan["shards"]):
             tell(f"{len(plan['shards']) - len(jobs)} of {len(plan['shards'])} shards are there already")
         done = len(plan["shards"]) - len(jobs)
-        for entry in _run(data, tokenizer, out, jobs, workers):
+        for entry in _run(data, tokenizer, out, shards, jobs, workers):
             done += 1
             tell(
                 f"shard {done}/{len(plan['shards'])}: {entry['file']}: {entry['counts'].get('documents', 0)} documents"
             )
-        return _finish(out, plan, data)
+        return _finish(out, plan, sources, data.hub_timeout)
     except OSError as error:
         raise _unwritable(out, error) from None
     finally:
@@ -112,6 +125,10 @@ def make_plan(data: DataConfig, tokenizer: Tokenizer, shards: list[Shard]) -> di
         "validation_fraction": data.validation_fraction,
         "on_fault": data.on_fault,
         "sources": selection,
+        "commits": [
+            next((shard.commit for shard in shards if shard.source == number and isinstance(shard, FileShard)), None)
+            for number in range(len(data.sources))
+        ],
         "text": fingerprint_shards(shards, data.sources),
         "filters": {s.filter: load_filter(s.filter)[1] for s in data.sources if s.filter},
         "shards": [
@@ -122,10 +139,24 @@ def make_plan(data: DataConfig, tokenizer: Tokenizer, shards: list[Shard]) -> di
     }
 
 
+def _commits_of_before(out: Path) -> Sequence[str | None]:
+    """The hub's commits of the set that an interrupted call began: it is gone on with though the hub has moved."""
+    return read_json(out / PLAN).get("commits", []) if (out / PLAN).is_file() else []
+
+
+def _at_commits(sources: Sequence[SourceConfig], commits: Sequence[str | None]) -> list[SourceConfig]:
+    """`sources`, those of the hub that name no revision at these commits."""
+    known = [*commits, *[None] * len(sources)]
+    return [
+        source.model_copy(update={"revision": commit}) if source.hub and source.revision is None else source
+        for source, commit in zip(sources, known, strict=False)
+    ]
+
+
 def _check_folder(out: Path, plan: dict[str, Any]) -> None:
     if (out / PLAN).is_file():
         there = read_json(out / PLAN)
-        differ = [key for key in plan if there.get(key) != plan[key]]
+        differ = [key for key in plan if key != "commits" and there.get(key) != plan[key]]
         if differ:
             raise UserError(
                 f"{out} holds another token set ({', '.join(differ)} differ): choose another --out, or remove it"
@@ -146,16 +177,79 @@ def _is_done(out: Path, number: int) -> bool:
         return False
 
 
-def _run(data: DataConfig, tokenizer: Tokenizer, out: Path, jobs: list[int], workers: int) -> Iterator[dict[str, Any]]:
-    """Write the shards `jobs`; their entries as they are finished."""
-    tree, proto = data.model_dump(mode="json"), tokenizer.proto
+def _run(
+    data: DataConfig, tokenizer: Tokenizer, out: Path, shards: list[Shard], jobs: list[int], workers: int
+) -> Iterator[dict[str, Any]]:
+    """Write the shards `jobs`; their entries as they are finished. Raises UserError where a worker is killed."""
+    setting = (data.model_dump(mode="json"), tokenizer.proto, tokenizer.path, str(out), shards)
     if workers <= 1 or len(jobs) <= 1:
-        _start_worker(tree, proto, tokenizer.path, str(out), ignore_interrupts=False)
+        _start_job(*setting)
         yield from map(_write_shard, jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(jobs)), _start_worker, (tree, proto, tokenizer.path, str(out))) as pool:
-        yield from pool.imap_unordered(_write_shard, jobs)
+    waiting = deque(jobs)
+    running: dict[Connection, BaseProcess] = {}
+    try:
+        for _ in range(min(workers, len(jobs))):
+            ours, theirs = context.Pipe()
+            running[ours] = context.Process(target=_work, args=(theirs, *setting), daemon=True)
+            running[ours].start()
+            theirs.close()
+            ours.send(waiting.popleft())
+        while running:
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                yield _answer(pipe, running[pipe])
+                if waiting:
+                    pipe.send(waiting.popleft())
+                else:
+                    del running[pipe]
+                    pipe.close()  # Its process ends by that.
+    finally:
+        for process in running.values():
+            process.kill()
+        for process in running.values():
+            process.join(_JOIN_SECONDS)
+
+
+def _answer(pipe: Connection, process: BaseProcess) -> dict[str, Any]:
+    """The entry that a worker has written. Raises what went wrong there."""
+    try:
+        found = pipe.recv()
+    except (EOFError, OSError):
+        process.join(_JOIN_SECONDS)
+        raise UserError(
+            f"a process that was tokenising has ended (exit code {process.exitcode}): was it killed, for want of "
+            "memory perhaps? What is finished stays, and the same command goes on; fewer --workers need less"
+        ) from None
+    if isinstance(found, BaseException):
+        raise found
+    entry: dict[str, Any] = found
+    return entry
+
+
+def _work(pipe: Connection, *setting: Any) -> None:
+    """A worker: writes the shards it is told to. Ends with its parent, also in the middle of one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    _start_job(*setting)
+    while True:
+        try:
+            number = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(_write_shard(number))
+        except (UserError, OSError) as error:
+            pipe.send(error)
+        except Exception:
+            pipe.send(RuntimeError(f"a process that was tokenising failed:\n{traceback.format_exc()}"))
+
+
+def _end_with(parent: BaseProcess) -> None:
+    """Nobody but the parent knows which shards are written: the next call would write this one beside us."""
+    parent.join()
+    os._exit(1)
 
 
 class _Job:
@@ -168,13 +262,11 @@ class _Job:
     plan: dict[str, Any]
 
 
-def _start_worker(tree: dict[str, Any], proto: bytes, name: str, out: str, ignore_interrupts: bool = True) -> None:
-    if ignore_interrupts:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers.
+def _start_job(tree: dict[str, Any], proto: bytes, name: str, out: str, shards: list[Shard]) -> None:
     _Job.data = DataConfig.model_validate(tree)
     _Job.tokenizer = Tokenizer.from_proto(proto, name, _Job.data.lossy_tokenizer)
     _Job.out = Path(out)
-    _Job.shards = list_shards(_Job.data.sources, _Job.data.hub_timeout)
+    _Job.shards = shards
     _Job.plan = read_json(_Job.out / PLAN)
 
 
@@ -189,7 +281,12 @@ def _write_shard(number: int) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     figures = {split: Counter[str]() for split in splits}
     waiting: list[tuple[str, str]] = []
-    characters, began = 0, time.perf_counter()
+    characters, retries, began = 0, 0, time.perf_counter()
+
+    def tell(line: str) -> None:
+        nonlocal retries
+        retries += 1
+        _log.warning(line)
 
     def flush() -> None:
         encoded = tokenizer.encode_batch([text for _, text in waiting])
@@ -205,7 +302,8 @@ def _write_shard(number: int) -> dict[str, Any]:
 
     try:
         for record in reading_again(
-            shard, Place(), job["part"], job["parts"], selector.columns, _Job.data.retries, _Job.data.retry_seconds
+            *(shard, Place(), job["part"], job["parts"], selector.columns),
+            *(_Job.data.retries, _Job.data.retry_seconds, tell),
         ):
             verdict = selector.judge(record)
             counts[verdict] += 1
@@ -226,6 +324,7 @@ def _write_shard(number: int) -> dict[str, Any]:
     entry = {
         **job,
         "counts": {name: count for name, count in counts.items() if count},
+        "retries": retries,
         "seconds": round(time.perf_counter() - began, 3),
         "splits": {
             split: {
@@ -243,9 +342,9 @@ def _write_shard(number: int) -> dict[str, Any]:
     return entry
 
 
-def _finish(out: Path, plan: dict[str, Any], data: DataConfig) -> dict[str, Any]:
+def _finish(out: Path, plan: dict[str, Any], sources: Sequence[SourceConfig], hub_timeout: float) -> dict[str, Any]:
     """Check that the text is still the one that was planned for, and write the manifest."""
-    text = fingerprint_shards(list_shards(data.sources, data.hub_timeout), data.sources)
+    text = fingerprint_shards(list_shards(sources, hub_timeout), sources)
     if text != plan["text"]:
         changed = [name for name, entry in text.items() if plan["text"].get(name) != entry]
         raise UserError(
@@ -261,15 +360,17 @@ def _finish(out: Path, plan: dict[str, Any], data: DataConfig) -> dict[str, Any]
         | {"content": content_of(entries, split)}
         for split in splits
     }
-    if not totals["train"]["documents"]:
-        raise UserError(f"there is no training text in {', '.join(map(describe_source, data.sources))}")
     counts: Counter[str] = Counter()
     for entry in entries:
         counts.update(entry["counts"])
+    if not totals["train"]["documents"]:
+        names = ", ".join(map(describe_source, sources))
+        raise UserError(f"there is no training text in {names} ({say_counts(counts)})")
     manifest = {
         **{key: value for key, value in plan.items() if key != "shards"},
         "splits": totals,
         "counts": dict(counts),
+        "retries": sum(entry.get("retries", 0) for entry in entries),
         "shards": entries,
     }
     write_json(out / MANIFEST, manifest)

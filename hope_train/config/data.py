@@ -46,7 +46,7 @@ class SourceConfig(Section):
     it. Its module's source is part of what a resumed run compares."""
 
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set. Of a `path` everything is read: name the folder or the files of a split there."""
 
     revision: str | None = None
     """Commit, tag or branch of a hub data set. null: the newest one at the time it is first read."""
@@ -64,6 +64,8 @@ class SourceConfig(Section):
             raise ValueError("a source needs exactly one of path, hub, builtin, indexed")
         if self.path is not None and not self.path.strip():
             raise ValueError("path is empty")
+        if self.hub is None and self.split != "train":
+            raise ValueError(f"split={self.split} goes with hub: of other text, name the files of that split as path")
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ValueError("max_characters is below min_characters: no document is left")
         return self

@@ -72,10 +72,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             files = sorted(p.relative_to(hub.folder).as_posix() for p in hub.folder.rglob("*") if p.is_file())
             if found := re.fullmatch(r"/datasets/owner/name/resolve/[^/]+/(.+)", path):
                 self.content(found[1], body)
-            elif re.fullmatch(r"/api/datasets/owner/name(/revision/[^/]+)?", path):
+            elif found := re.fullmatch(r"/api/datasets/owner/name(?:/revision/([^/]+))?", path):
                 info = {
                     "id": "owner/name",
-                    "sha": hub.commit,
+                    "sha": found[1] if re.fullmatch("[0-9a-f]{40}", found[1] or "") else hub.commit,
                     "private": False,
                     "siblings": [{"rfilename": name} for name in files],
                     "tags": [],

@@ -7,14 +7,17 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
 
 from data_pipelines.documents import Document
 from data_pipelines.files import find_files, fingerprint, natural_key, read_file
+from data_pipelines.records import read_records
 from hope_train.errors import UserError
 
 TEXTS = ["First line\r\nsecond\tline  \n", "数字 été 🙂\n", " ends with spaces  "]
@@ -76,6 +79,49 @@ def test_a_folder_is_searched_in_natural_order(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert [file.relative_to(tmp_path).as_posix() for file in find_files(tmp_path)] == names
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "a.txt").touch()
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "b.txt").touch()
+    for name in ("one", "two"):
+        (tmp_path / "mix" / name).symlink_to(tmp_path / "elsewhere")
+    names = [file.relative_to(tmp_path / "mix").as_posix() for file in find_files(tmp_path / "mix")]
+    assert names == ["b.txt", "one/deep/a.txt", "two/deep/a.txt"]
+    (tmp_path / "elsewhere" / "deep" / "round").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="deep/round: the link leads back"):
+        find_files(tmp_path / "mix")
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), "dictionary"])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("bad", ["text", "language"])
+def test_bytes_that_are_not_utf8_are_one_bad_row(tmp_path: Path, suffix: str, kind: Any, bad: str) -> None:
+    raw = pyarrow.array([b"one", None, b"caf\xe9", *[b"more"] * 297])
+    text = pyarrow.StringArray.from_buffers(300, raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
+    if kind == "dictionary":
+        places = pyarrow.array([0, None, 1, *[2] * 297], pyarrow.int32())
+        text = pyarrow.DictionaryArray.from_arrays(places, text.take(pyarrow.array([0, 2, 3])))
+    elif kind == pyarrow.large_string():
+        large = raw.cast(pyarrow.large_binary())
+        text = pyarrow.LargeStringArray.from_buffers(300, large.buffers()[1], large.buffers()[2], large.buffers()[0])
+    good = pyarrow.array(["fine"] * 300)
+    table = pyarrow.table({"text": text if bad == "text" else good, "language": good if bad == "text" else text})
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table)
+    found = list(read_records(file, "text", columns=("language",)))
+    assert [record.number for record in found] == [*range(1, 301)]
+    faults = [(record.number, record.fault.kind) for record in found if record.fault is not None]
+    assert faults == [(3, "not_utf8")]
+    assert [found[0].text, found[3].text] == (["one", "more"] if bad == "text" else ["fine", "fine"])
+    assert f"a.{suffix}:3: not UTF-8 (byte 0xe9)" in str(found[2].fault)
+    assert list(read_records(file, "text", found[1].after, columns=("language",))) == found[2:]
 
 
 def test_natural_order_is_total() -> None:

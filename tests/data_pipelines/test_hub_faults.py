@@ -65,6 +65,29 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
         yield hub
 
 
+TOKENISE = """
+import functools, json, sys
+from pathlib import Path
+import huggingface_hub.hf_file_system as library
+library.http_backoff = functools.partial(library.http_backoff, max_retries=0)
+from data_pipelines import tokenising
+from data_pipelines.tokenizer import Tokenizer
+from hope_train.config.data import DataConfig
+data, out, until = json.loads(sys.argv[1])
+write = tokenising._write_shard
+def writing(number):
+    if number == until:
+        raise OSError(28, "No space left on device")
+    return write(number)
+tokenising._write_shard = writing
+try:
+    manifest = tokenising.tokenise(DataConfig.model_validate(data), Tokenizer(data["tokenizer"]), Path(out), 1)
+    print(json.dumps({"commits": manifest["commits"], "splits": manifest["splits"], "retries": manifest["retries"]}))
+except Exception as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
 def run(
     hub: Hub,
     tokenizer: Tokenizer,
@@ -85,6 +108,11 @@ def run(
         "stream": {"lanes": 2, "workers": 0, "shuffle_documents": 16},
         **more,
     }
+    return command(hub, tmp_path, PROGRAM, [data, batches, state or {}])
+
+
+def command(hub: Hub, tmp_path: Path, program: str, argument: list[Any]) -> dict[str, Any]:
+    """What a program prints last, in a process of its own that knows no hub but this."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": hub.address,
@@ -96,7 +124,7 @@ def run(
     }
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         environment.pop(name, None)
-    arguments = [sys.executable, "-c", PROGRAM, json.dumps([data, batches, state or {}])]
+    arguments = [sys.executable, "-c", program, json.dumps(argument)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -144,3 +172,21 @@ def test_a_new_commit_is_another_identity(hub: Hub, tokenizer: Tokenizer, tmp_pa
     before = run(hub, tokenizer, tmp_path, (0, 1))["identity"]
     hub.commit = "f" * 40
     assert run(hub, tokenizer, tmp_path, (0, 1))["identity"]["files"] != before["files"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_token_set_of_the_hub_is_gone_on_with_at_its_commit(hub: Hub, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = {"sources": [{"hub": "owner/name"}], "tokenizer": tokenizer.path}
+    data = {**source, "validation_fraction": 0.1, "retries": 3, "retry_seconds": 0.05}
+    for path in sorted(hub.folder.iterdir())[20:]:
+        path.unlink()
+    first = hub.commit
+    whole = command(hub, tmp_path, TOKENISE, [data, str(tmp_path / "whole"), None])
+    hub.skip, hub.between, hub.faults = 2, 2, ["drop", "truncate"]
+    assert "No space left" in command(hub, tmp_path, TOKENISE, [data, str(tmp_path / "set"), 12])["error"]
+    assert hub.faults == []
+    hub.commit = "f" * 40
+    assert command(hub, tmp_path, TOKENISE, [data, str(tmp_path / "set"), None]) == {**whole, "retries": 2}
+    assert (whole["commits"], whole["retries"]) == ([first], 0)
+    assert command(hub, tmp_path, TOKENISE, [data, str(tmp_path / "new"), None])["commits"] == ["f" * 40]

@@ -272,6 +272,7 @@ def test_a_changed_corpus_has_another_content(texts: list[str], tokenizer: Token
         ({"mode": "indexed", "sources": [{"indexed": "a", "weight": 1}, {"indexed": "b"}]}, "give all of them one"),
         ({"sources": [{"path": "a", "weight": 1}]}, "weights need data.mode"),
         ({"mode": "indexed", "sources": [{"indexed": "a", "min_characters": 3}]}, "tokenised already"),
+        ({"sources": [{"path": "a", "split": "test"}]}, "split=test goes with hub: .* name the files of that split"),
         ({"sources": [{"path": "a", "min_characters": 3, "max_characters": 2}]}, "max_characters is below"),
     ],
 )

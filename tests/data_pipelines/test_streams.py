@@ -189,6 +189,15 @@ def test_a_resume_does_not_read_what_came_before(opened: Open, monkeypatch: pyte
     assert read_by_resume < len(judged) / 4
 
 
+def test_a_stop_in_a_large_batch_goes_on_from_where_the_batch_began(opened: Open) -> None:
+    train = TRAIN.model_copy(update={"batch_tokens": LENGTH * 480})
+    source = opened(train=train, lanes=1).train
+    for index in range(3):
+        source.batch(index)
+    source.prepare(3)  # Of 60 chunks, after any of which a source may go away.
+    assert source.state(3 * 480)["lanes"]["0"]["first"] == 3 * 480
+
+
 @settings(max_examples=12)
 @given(order=st.lists(st.integers(0, 12), min_size=1, max_size=6), packing=st.sampled_from(PACKINGS), data=st.data())
 def test_batches_are_a_function_of_their_number(
@@ -398,10 +407,13 @@ def test_shuffling_is_by_blocks_epochs_and_seeds(opened: Open, tokenizer: Tokeni
 
 def test_too_many_lanes_for_the_text_are_refused(opened: Open, tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_bytes(lines(make_texts(1)))
-    tree = {"sources": [{"path": str(tmp_path / "few.jsonl")}], "validation_fraction": 0.0}
+    tree: Any = {"sources": [{"path": str(tmp_path / "few.jsonl")}], "validation_fraction": 0.0}
     with pytest.raises(UserError, match=r"lane \d of data\.stream\.lanes=6 has no training document .*set fewer lanes"):
         opened(tree=tree).train.batch(0)
     assert opened(tree=tree, lanes=1).train.batch(0).tokens.shape == (ROWS, LENGTH)
+    tree["sources"][0]["min_characters"] = 10_000
+    with pytest.raises(UserError, match=r"has no training document \(3 too_short\): .* look at what is filtered out"):
+        opened(tree=tree, lanes=1).train.batch(0)
 
 
 def test_builtin_text_streams(opened: Open) -> None:
@@ -427,6 +439,18 @@ def test_the_identity_names_what_changed(opened: Open, tmp_path: Path) -> None:
     assert {name for name in files[0] if files[0][name] != files[1][name]} == {f"{tmp_path}/part-1.jsonl"}
     assert opened(tree=tree, lanes=3).identity != after
     assert len(json.dumps(after)) < 2000
+
+
+def test_files_that_come_after_a_run_has_begun_change_nothing(opened: Open, tmp_path: Path) -> None:
+    """Workers read what the run has looked up, not what is there when they begin."""
+    for number in range(3):
+        (tmp_path / f"part-{number}.jsonl").write_bytes(lines(make_texts(30, seed=number)))
+    tree = {"sources": [{"path": str(tmp_path)}], "validation_fraction": 0.0}
+    expected = opened(tree=tree).train.batch(0)
+    source = opened(tree=tree).train
+    (tmp_path / "part-0b.jsonl").write_bytes(lines(make_texts(30, seed=9)))
+    assert same(source.batch(0), expected)
+    assert not same(opened(tree=tree).train.batch(0), expected)
 
 
 def test_the_order_is_the_same_everywhere(opened: Open) -> None:

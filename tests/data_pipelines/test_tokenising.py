@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,54 @@ def test_a_killed_process_is_gone_on_with(several: DataConfig, tokenizer: Tokeni
     assert hashes(out) == hashes(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_worker_that_is_killed_is_a_clear_stop(several: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenise(several, tokenizer, tmp_path / "whole", 1)
+    lines: list[str] = []
+
+    def kill(line: str) -> None:
+        lines.append(line)
+        multiprocessing.active_children()[0].kill()
+
+    with pytest.raises(UserError, match=r"has ended \(exit code -9\): was it killed, .* the same command goes on"):
+        tokenise(several, tokenizer, tmp_path / "set", 2, kill)
+    assert 0 < len(lines) < module.FEWEST_PARTS
+    assert multiprocessing.active_children() == []
+    tokenise(several, tokenizer, tmp_path / "set", 2, lines.append)
+    assert any("shards are there already" in line for line in lines)
+    assert hashes(tmp_path / "set") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_workers_end_with_the_command(several: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Also in the middle of a shard, which the next call would write beside them."""
+    asleep = {"path": several.sources[0].path, "filter": "tests.data_pipelines.filters:asleep"}
+    data = DataConfig.model_validate({**several.model_dump(), "sources": [asleep]})
+    (tmp_path / "data.json").write_text(data.model_dump_json())
+    program = (
+        "import sys\nfrom pathlib import Path\n"
+        "from data_pipelines.tokenising import tokenise\nfrom data_pipelines.tokenizer import Tokenizer\n"
+        "from hope_train.config.data import DataConfig\n"
+        "if __name__ == '__main__':\n"
+        "    data = DataConfig.model_validate_json(Path(sys.argv[1]).read_text())\n"
+        "    tokenise(data, Tokenizer(sys.argv[2]), Path(sys.argv[3]), 2)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    names = [str(tmp_path / "program.py"), str(tmp_path / "data.json"), tokenizer.path, str(tmp_path / "set")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with subprocess.Popen([sys.executable, *names], env=environment) as process:
+        while not all((tmp_path / "set" / f"train-0000{number}.bin").exists() for number in (0, 1)):
+            assert process.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2
+        process.kill()
+    while any(Path(f"/proc/{pid}").exists() for pid in children):  # Or the test's own time is over.
+        time.sleep(0.05)
+
+
 def test_another_set_in_the_folder_is_left_alone(
     several: DataConfig, tokenizer: Tokenizer, unigram_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -231,6 +281,9 @@ def test_filters_and_faults_are_counted(tokenizer: Tokenizer, tmp_path: Path) ->
         "damaged": 1,
     }
     assert 1000 < before_the_break < 4999
+    none = {**tree, "sources": [{**source, "max_characters": 11}]}
+    with pytest.raises(UserError, match=r"there is no training text in .* \(1 damaged, 2 empty, .* 1 too_short\)"):
+        tokenise(DataConfig.model_validate(none), tokenizer, tmp_path / "none", 1)
     with pytest.raises(UserError, match=r"a\.jsonl:9: no field 'text'|cut short|a\.jsonl"):
         tokenise(DataConfig.model_validate({**tree, "on_fault": "stop"}), tokenizer, tmp_path / "other", 1)
 
