@@ -152,8 +152,11 @@ def _print(figures: dict[str, Any], as_json: bool, title: str) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # A fingerprint or a path is of use whole.
     for name, value in figures.items():
-        table.add_row(name.replace("_", " "), number(value) if isinstance(value, (int, float)) else str(value))
+        table.add_row(name.replace("_", " "), Text(number(value) if isinstance(value, (int, float)) else str(value)))
     Console().print(table)

@@ -121,4 +121,6 @@ def hub_files(name: str, *, split: str, revision: str | None, timeout: float) ->
             raise UserError(f"hub data set {name}: {one_line(error)[:300]}") from error
     if split not in found:
         raise UserError(f"hub data set {name}: no split {split!r}; it has {', '.join(map(str, found)) or 'no files'}")
+    if not found[split]:
+        raise UserError(f"hub data set {name}: split {split!r} has no files")
     return [HubFile(str(url)) for url in found[split]]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -61,14 +62,16 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
             hub.asked["POST"] += 1
             paths = asked.get("paths", [])
-            self.send(json.dumps([self.entry(p) for p in paths if (hub.folder / p).is_file()]).encode(), {})
+            self.send(json.dumps([self.entry(p) for p in paths if (hub.folder / p).exists()]).encode(), {})
 
         def entry(self, path: str) -> dict[str, Any]:
+            if (hub.folder / path).is_dir():
+                return {"type": "directory", "path": path, "size": 0, "oid": "d" * 40}
             size = (hub.folder / path).stat().st_size
             return {"type": "file", "path": path, "size": size, "oid": "f" * 40}
 
         def answer(self, body: bool) -> None:
-            path = self.path.partition("?")[0]
+            path = unquote(self.path.partition("?")[0])
             files = sorted(p.relative_to(hub.folder).as_posix() for p in hub.folder.rglob("*") if p.is_file())
             if found := re.fullmatch(r"/datasets/owner/name/resolve/[^/]+/(.+)", path):
                 self.content(found[1], body)
@@ -85,7 +88,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send(json.dumps(info).encode(), {}, body)
             elif re.match(r"/api/datasets/owner/name/tree/", path):
                 below = path.split("/tree/", 1)[1].partition("/")[2]
-                entries = [self.entry(name) for name in files if name.startswith(below)]
+                found_there = (hub.folder / below).glob("**/*" if "recursive=true" in self.path.lower() else "*")
+                entries = [self.entry(p.relative_to(hub.folder).as_posix()) for p in sorted(found_there)]
                 self.send(json.dumps(entries).encode(), {}, body)
             elif path == "/":
                 self.send(b"hub", {}, body)

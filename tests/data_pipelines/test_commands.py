@@ -45,9 +45,14 @@ def test_a_tokenizer_is_trained_from_files(
 
 
 def test_a_tokenizer_is_trained_from_builtin_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train_tokenizer_command(["builtin:python-docs"], str(tmp_path / "t.model"), 500, "bpe", max_bytes=200_000)
-    assert "500" in capsys.readouterr().out
-    assert Tokenizer(tmp_path / "t.model").vocab_size == 500
+    train_tokenizer_command(["builtin:python-docs"], str(tmp_path / "t[bold].model"), 500, "bpe", max_bytes=200_000)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("500" in line for line in lines)
+    cells = "".join(line.split("│")[2].strip() for line in lines if line.count("│") == 3)
+    tokenizer = Tokenizer(tmp_path / "t[bold].model")
+    assert tokenizer.vocab_size == 500
+    assert tokenizer.fingerprint in cells
+    assert tokenizer.path in cells
 
 
 def test_an_existing_tokenizer_stays(texts: list[str], tmp_path: Path, write_jsonl: Callable[..., Path]) -> None:

@@ -161,7 +161,7 @@ def test_a_killed_process_is_gone_on_with(several: DataConfig, tokenizer: Tokeni
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_a_worker_that_is_killed_is_a_clear_stop(several: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenise(several, tokenizer, tmp_path / "whole", 1)
     lines: list[str] = []
@@ -180,7 +180,7 @@ def test_a_worker_that_is_killed_is_a_clear_stop(several: DataConfig, tokenizer:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_workers_end_with_the_command(several: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Also in the middle of a shard, which the next call would write beside them."""
     asleep = {"path": several.sources[0].path, "filter": "tests.data_pipelines.filters:asleep"}
