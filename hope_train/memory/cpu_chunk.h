@@ -38,7 +38,7 @@ struct Changes {
 
 // What is known of one box inside a chunk: [C, E] and [C, N] (one column for eta and alpha).
 struct Box {
-  float *at_k, *gate, *h, *slope, *gate_v, *hv, *back, *b2;  // E; gates: sigmoids at k and v
+  float *at_k, *h, *slope, *bend, *hv, *slope_v, *back, *b2, *moved2;  // E; bend: the slope's slope
   float *y, *g, *b1, *r;                            // N or 1
   float *a, *system, *rate, *squares;               // A = ratio (h . h), (I + rate A)^-1
 };
@@ -75,65 +75,72 @@ class Chunk {
       v = arena.take(C * N);
       normalise(values[1], v, v_norm);
     }
-    for (float** vector : {&eta, &keep, &cum, &previous, &current, &left}) *vector = arena.take(C);
+    for (float** vector : {&eta, &keep, &cum}) *vector = arena.take(C);
+    previous = arena.take(C + 1), current = previous + 1;  // a token's previous decay is the current one of that before
     double total = 0;
     for (int64_t t = 0; t < C; t++) {
-      const float x = dot(z_h[ETA] + t * E, now.w1s[ETA], E) + rule.eta_bias;
-      eta[t] = rule.eta_max / (1.0f + std::exp(-x));
+      eta[t] = dot(z_h[ETA] + t * E, now.w1s[ETA], E) + rule.eta_bias;
       const float a = dot(z_h[ALPHA] + t * E, now.w1s[ALPHA], E) + rule.alpha_bias;
-      keep[t] = 1.0f / (1.0f + std::exp(a));  // the slope of log alpha: 1 - alpha
-      previous[t] = std::exp(static_cast<float>(total));
-      before[t] = total;
+      keep[t] = -a;
       total += std::min(a, 0.0f) - std::log1p(std::exp(-std::abs(a)));
       cum[t] = total;
-      current[t] = std::exp(cum[t]);
     }
-    for (int64_t t = 0; t < C; t++) left[t] = std::exp(cum[C - 1] - cum[t]);
-    ratio = arena.take(C * C), after = arena.take(C * C);
+    previous[0] = 1.0f;
+    for (int64_t t = 0; t < C; t += LANES) {
+      store(eta + t, rule.eta_max * sigmoid(load(eta + t)));
+      store(keep + t, sigmoid(load(keep + t)));  // the slope of log alpha: 1 - alpha
+      store(current + t, exponential(load(cum + t)));
+    }
+    // decays from token j to after token i, for j <= i; to before token i: the row above; to the end: the last row
+    ratio = arena.take((C + 1) * C), after = ratio + C, left = after + (C - 1) * C;
+    std::memset(ratio, 0, C * sizeof(float));
     for (int64_t i = 0; i < C; i++)
-      for (int64_t j = 0; j < C; j += LANES) {
+      for (int64_t j = 0; j < std::min(i + 2, C); j += LANES) {
         const int64_t seen = i - j;  // lanes below the diagonal
-        const __mmask16 strict = seen <= 0 ? 0 : seen >= LANES ? 0xffff : (1u << seen) - 1;
         const __mmask16 whole = seen < 0 ? 0 : seen >= LANES - 1 ? 0xffff : (2u << seen) - 1;
-        const Vector ratios = exponential(before[i] - load(cum + j)), afters = exponential(cum[i] - load(cum + j));
-        _mm512_storeu_ps(ratio + i * C + j, _mm512_maskz_mov_ps(strict, reinterpret_cast<__m512>(ratios)));
-        _mm512_storeu_ps(after + i * C + j, _mm512_maskz_mov_ps(whole, reinterpret_cast<__m512>(afters)));
+        const Vector decay = exponential(cum[i] - load(cum + j));
+        _mm512_storeu_ps(after + i * C + j, _mm512_maskz_mov_ps(whole, reinterpret_cast<__m512>(decay)));
       }
     lower = arena.take(C * C);
     a2 = arena.take(C * C), system2 = arena.take(C * C), y2 = arena.take(C * N), u = arena.take(C * N);
     left_k = arena.take(C * N);
-    weigh(k, N, a2);
+    weigh(k, N, a2, nullptr);
     solve(a2, eta, system2);
     each(C, N, [&](int64_t t, int64_t i) { store(left_k + i, left[t] * load(k + i)); });
     upper_times<false>(C, N, system2, left_k, y2);
     each(C, N, [&](int64_t t, int64_t i) { store(u + i, eta[t] * load(y2 + i)); });
   }
 
-  // Targets, gradients and writes of box p.
+  // Targets, gradients and writes of box p; with BACKWARD also what only its backward needs.
+  template <bool BACKWARD>
   Box box(int p) {
     Box x;
-    for (float** part : {&x.at_k, &x.gate, &x.h, &x.slope, &x.gate_v, &x.hv, &x.back, &x.b2})
-      *part = arena.take(C * E);
+    for (float** part : {&x.at_k, &x.h, &x.slope, &x.hv, &x.back, &x.b2}) *part = arena.take(C * E);
+    if (BACKWARD)
+      for (float** part : {&x.bend, &x.slope_v, &x.moved2}) *part = arena.take(C * E);
     x.a = arena.take(C * C), x.rate = arena.take(C), x.squares = arena.take(C);
     multiply<false>(C, E, N, k, N, 1, now.w2_turned[p], x.at_k);
     multiply<false>(C, E, N, v, N, 1, now.w2_turned[p], x.hv);
     each(C, E, [&](int64_t, int64_t i) {
       const Vector at = load(x.at_k + i), gate = sigmoid(at), out = at * gate;
-      store(x.gate + i, gate);
       store(x.h + i, out);
       store(x.slope + i, gate + out * (1.0f - gate));
-      const Vector at_v = load(x.hv + i), gate_v = sigmoid(at_v);
-      store(x.gate_v + i, gate_v);
-      store(x.hv + i, at_v * gate_v);
+      const Vector at_v = load(x.hv + i), gate_v = sigmoid(at_v), out_v = at_v * gate_v;
+      store(x.hv + i, out_v);
+      if (BACKWARD) {
+        store(x.bend + i, gate * (1.0f - gate) * (2.0f + at * (1.0f - 2.0f * gate)));
+        store(x.slope_v + i, gate_v + out_v * (1.0f - gate_v));
+      }
     });
     const float factor = rule.factor;
     if (p < SCALARS) {
       for (float** part : {&x.y, &x.g, &x.b1, &x.r}) *part = arena.take(C);
       const float *w = now.w1s[p], *start = init.w1s[p];
       for (int64_t t = 0; t < C; t++) {
-        x.y[t] = dot(x.h + t * E, w, E) - dot(x.h + t * E, start, E);
-        x.g[t] = factor * (dot(x.h + t * E, w, E) - dot(x.hv + t * E, w, E));
-        x.b1[t] = previous[t] * x.y[t] + dot(x.h + t * E, start, E) + x.g[t];
+        const float at_h = dot(x.h + t * E, w, E), first = dot(x.h + t * E, start, E);
+        x.y[t] = at_h - first;
+        x.g[t] = factor * (at_h - dot(x.hv + t * E, w, E));
+        x.b1[t] = previous[t] * x.y[t] + first + x.g[t];
         for (int64_t n = 0; n < E; n += LANES) store(x.back + t * E + n, x.g[t] * load(w + n));
       }
     } else {
@@ -155,18 +162,14 @@ class Chunk {
     }
     // b of W2
     multiply<false>(C, E, N, k, N, 1, init.w2_turned[p], x.b2);
-    moved2 = arena.take(C * E);
     each(C, E, [&](int64_t t, int64_t i) {
       const Vector start = load(x.b2 + i), moved = load(x.at_k + i) - start;
-      store(moved2 + i, moved);
+      if (BACKWARD) store(x.moved2 + i, moved);
       store(x.b2 + i, previous[t] * moved + start + load(x.back + i) * load(x.slope + i));
     });
     // writes of W1
-    weigh(x.h, E, x.a);
-    for (int64_t t = 0; t < C; t++) {
-      x.squares[t] = dot(x.h + t * E, x.h + t * E, E);
-      x.rate[t] = eta[t] / (1.0f + eta[t] * x.squares[t]);
-    }
+    weigh(x.h, E, x.a, x.squares);
+    for (int64_t t = 0; t < C; t++) x.rate[t] = eta[t] / (1.0f + eta[t] * x.squares[t]);
     if (p < SCALARS) {
       for (int64_t t = 0; t < C; t++) x.r[t] = x.rate[t] * x.b1[t];
       substitute(C, x.a, x.rate, x.r);
@@ -246,9 +249,8 @@ class Chunk {
   const Weights &now, &init;
   Arena& arena;
   Changes given, shared;
-  float before[64];
   float *turned, *lower, *z, *z_h[MEM], *z_slope[MEM], *k, *v, *k_norm, *v_norm;
-  float *eta, *keep, *cum, *previous, *current, *left, *ratio, *after, *a2, *system2, *y2, *u, *left_k, *moved2;
+  float *eta, *keep, *cum, *previous, *current, *left, *ratio, *after, *a2, *system2, *y2, *u, *left_k;
   float *q, *q_raw, *q_norm, *r2, *score1, *score2, *hidden, *hidden_slope;
   float *d_k, *d_v, *d_u, *d_eta, *d_previous, *d_current, *d_left, *d_cum, *d_before, *outer2, *d_r2, *d_r1, *d_h;
 
@@ -268,9 +270,11 @@ class Chunk {
     }
   }
 
-  // a_ij = ratio_ij (x_i . x_j)
-  void weigh(const float* x, int64_t width, float* a) {
+  // a_ij = ratio_ij (x_i . x_j), and |x_i|^2 where it is wanted
+  void weigh(const float* x, int64_t width, float* a, float* squares) {
     pairs<false>(C, width, x, x, turned, a);
+    if (squares)
+      for (int64_t i = 0; i < C; i++) squares[i] = a[i * C + i];
     for (int64_t i = 0; i < C; i++)
       for (int64_t j = 0; j <= i; j += LANES) store(a + i * C + j, load(a + i * C + j) * load(ratio + i * C + j));
   }
@@ -304,12 +308,10 @@ class Chunk {
 
   // For the backward.
   float* zeros(int64_t floats);
-  static void negate(int64_t floats, const float* from, float* to);
-  static Vector bend(Vector x, Vector gate);
   void normalise_backward(const float* out, const float* inverse, const float* d_out, float* d_x);
   void unsettle(const float* d_clamped, const float* clamped, const float* from, const float* start, int64_t size,
-                float kept, float factor, float init_norm, float* d_new, float* d_now, float* d_init);
-  void mix(int64_t width, const float* x, const float* from_now, const float* from_init, float* d_to, bool add);
+                float kept, float factor, float init_norm, bool more, float* minus_d_new, float* d_now, float* d_init);
+  void mix(int64_t width, const float* x, const float* from_now, const float* from_init, const float* also, float* d_to);
   void score_backward(int64_t width, const float* d, const float* r, const float* scores, float* d_r, float* d_pairs);
   void pairs_backward(const float* a, const float* rate, float* d_rate);
   void scalar_backward(int p, const Box& x, const Weights& after_chunk, const Weights& d_after, const float* factors,

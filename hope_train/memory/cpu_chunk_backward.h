@@ -9,44 +9,50 @@ namespace hope {
 // Backward. Gradients of weights go to `given` (of this sequence) and `shared` (initial states, of all sequences).
 inline void Chunk::begin_backward(const Changes& weights, const Changes& initial) {
   given = weights, shared = initial;
-  for (float** part : {&d_k, &d_v, &d_u}) *part = zeros(C * N);
+  for (float** part : {&d_v, &d_u}) *part = zeros(C * N);
   for (float** part : {&d_eta, &d_previous, &d_current, &d_left, &d_cum, &d_before}) *part = zeros(C);
   outer2 = zeros(C * C);
-  d_r2 = zeros(C * E), d_r1 = zeros(C * N), d_h = zeros(C * E);
+  d_k = arena.take(C * N), d_r2 = arena.take(C * E), d_r1 = arena.take(C * N), d_h = arena.take(C * E);
 }
 
-// Of the answers: d_q, and what the writes and keys of the main memory get.
+// Of the answers: d_q, and the first of what the weights, writes and keys of the main memory get.
 inline void Chunk::answer_backward(const Box& x, const float* d_out, float* d_q_to) {
   const int64_t last = MEM - SCALARS;
-  float *d_a = arena.take(C * E), *from_now = arena.take(C * E), *from_init = arena.take(C * E);
-  float *scaled = arena.take(C * std::max(N, E)), *d_pairs = arena.take(C * C), *d_q = arena.take(C * N);
-  std::memcpy(d_q, d_out, C * N * sizeof(float));
+  const int64_t wide = C * std::max(N, E);
+  float *d_a = arena.take(C * E), *from_now = arena.take(wide), *from_init = arena.take(wide);
+  float *to_now = arena.take(wide), *to_init = arena.take(wide), *minus = arena.take(wide);
+  float *d_pairs = arena.take(C * C), *d_q = arena.take(C * N);
   // through W1
   multiply<false>(C, E, N, d_out, N, 1, now.w1[last], from_now);
   multiply<false>(C, E, N, d_out, N, 1, init.w1[last], from_init);
-  mix(E, hidden, from_now, from_init, d_a, false);
-  each(C, N, [&](int64_t t, int64_t i) { store(scaled + i, current[t] * load(d_out + i)); });
-  outer_sum(C, N, E, scaled, hidden, given.w1[last]);
-  each(C, N, [&](int64_t t, int64_t i) { store(scaled + i, (1.0f - current[t]) * load(d_out + i)); });
-  outer_sum(C, N, E, scaled, hidden, shared.w1[last]);
-  negate(C * N, d_out, scaled);
-  score_backward(N, scaled, x.r, score1, d_r1, d_pairs);
+  mix(E, hidden, from_now, from_init, nullptr, d_a);
+  each(C, N, [&](int64_t t, int64_t i) {
+    const Vector d = load(d_out + i);
+    store(to_now + i, current[t] * d);
+    store(to_init + i, (1.0f - current[t]) * d);
+    store(minus + i, -d);
+  });
+  outer_sum<false>(C, N, E, to_now, hidden, given.w1[last]);
+  outer_sum<true>(C, N, E, to_init, hidden, shared.w1[last]);
+  score_backward(N, minus, x.r, score1, d_r1, d_pairs);
   lower_times<true>(C, E, d_pairs, x.h, d_a);
-  upper_times<true>(C, E, d_pairs, hidden, d_h);
+  upper_times<false>(C, E, d_pairs, hidden, d_h);
   // through silu and W2
-  each(C, E, [&](int64_t, int64_t i) { store(d_a + i, load(d_a + i) * load(hidden_slope + i)); });
-  float *q_now = from_now, *q_init = from_init;
-  multiply<false>(C, N, E, d_a, E, 1, now.w2 + MEM * E * N, q_now);
-  multiply<false>(C, N, E, d_a, E, 1, init.w2 + MEM * E * N, q_init);
-  mix(N, q, q_now, q_init, d_q, true);
-  each(C, E, [&](int64_t t, int64_t i) { store(scaled + i, current[t] * load(d_a + i)); });
-  outer_sum(C, E, N, scaled, q, given.w2 + MEM * E * N);
-  each(C, E, [&](int64_t t, int64_t i) { store(scaled + i, (1.0f - current[t]) * load(d_a + i)); });
-  outer_sum(C, E, N, scaled, q, shared.w2 + MEM * E * N);
-  negate(C * E, d_a, scaled);
-  score_backward(E, scaled, r2, score2, d_r2, d_pairs);
+  each(C, E, [&](int64_t t, int64_t i) {
+    const Vector d = load(d_a + i) * load(hidden_slope + i);
+    store(d_a + i, d);
+    store(to_now + i, current[t] * d);
+    store(to_init + i, (1.0f - current[t]) * d);
+    store(minus + i, -d);
+  });
+  multiply<false>(C, N, E, d_a, E, 1, now.w2 + MEM * E * N, from_now);
+  multiply<false>(C, N, E, d_a, E, 1, init.w2 + MEM * E * N, from_init);
+  mix(N, q, from_now, from_init, d_out, d_q);
+  outer_sum<false>(C, E, N, to_now, q, given.w2 + MEM * E * N);
+  outer_sum<true>(C, E, N, to_init, q, shared.w2 + MEM * E * N);
+  score_backward(E, minus, r2, score2, d_r2, d_pairs);
   lower_times<true>(C, N, d_pairs, k, d_q);
-  upper_times<true>(C, N, d_pairs, q, d_k);
+  upper_times<false>(C, N, d_pairs, q, d_k);
   if (rule.normalize_q) normalise_backward(q, q_norm, d_q, d_q_to);
   else std::memcpy(d_q_to, d_q, C * N * sizeof(float));
 }
@@ -55,63 +61,63 @@ inline void Chunk::answer_backward(const Box& x, const float* d_out, float* d_q_
 inline void Chunk::box_backward(int p, const Box& x, const Weights& after_chunk, const Weights& d_after, const float* factors,
                   const float* init_norms) {
   const float kept = current[C - 1];
-  float* d_new = arena.take(E * N);
+  const bool more = p == MEM;  // its answers came first
+  float* d_new = arena.take(E * N);  // minus it, in fact: what the writes are taken off with
   float* d_new_turned = arena.take(E * N);
   float *d_b = arena.take(C * E), *d_pre = arena.take(C * E), *d_back = arena.take(C * E), *scaled = arena.take(C * E);
   // W2: what is left of it, and b^T u
   const int64_t at = p * E * N;
-  unsettle(d_after.w2 + at, after_chunk.w2 + at, now.w2 + at, init.w2 + at, E * N, kept, factors[p], init_norms[p], d_new,
-           given.w2 + at, shared.w2 + at);
+  unsettle(d_after.w2 + at, after_chunk.w2 + at, now.w2 + at, init.w2 + at, E * N, kept, factors[p], init_norms[p], more,
+           d_new, given.w2 + at, shared.w2 + at);
   transpose(d_new, N, d_new_turned, E, E, N);
-  negate(C * N, u, scaled);
-  multiply<false>(C, E, N, scaled, N, 1, d_new_turned, d_b);
-  negate(C * E, x.b2, scaled);
-  multiply<true>(C, N, E, scaled, E, 1, d_new, d_u);
+  multiply<false>(C, E, N, u, N, 1, d_new_turned, d_b);
+  multiply<true>(C, N, E, x.b2, E, 1, d_new, d_u);
   if (p == MEM) {
     upper_times<false>(C, E, system2, d_r2, scaled);
     for (int64_t t = 0; t < C; t++) d_eta[t] += dot(scaled + t * E, x.b2 + t * E, E);
     each(C, E, [&](int64_t t, int64_t i) { store(d_b + i, load(d_b + i) + eta[t] * load(scaled + i)); });
     pairs<true>(C, E, scaled, r2, turned, outer2);
   }
-  for (int64_t t = 0; t < C; t++) d_previous[t] += dot(d_b + t * E, moved2 + t * E, E);
-  each(C, E, [&](int64_t t, int64_t i) {
-    const Vector d = load(d_b + i);
-    store(d_pre + i, previous[t] * d + d * load(x.back + i) * bend(load(x.at_k + i), load(x.gate + i)));
-    store(d_back + i, d * load(x.slope + i));
-    store(scaled + i, (1.0f - previous[t]) * d);
-  });
+  for (int64_t t = 0; t < C; t++) {
+    Vector felt{};
+    for (int64_t i = t * E; i < (t + 1) * E; i += LANES) {
+      const Vector d = load(d_b + i);
+      felt += d * load(x.moved2 + i);
+      store(d_pre + i, previous[t] * d + d * load(x.back + i) * load(x.bend + i));
+      store(d_back + i, d * load(x.slope + i));
+      store(scaled + i, (1.0f - previous[t]) * d);
+    }
+    d_previous[t] += sum(felt);
+  }
   multiply<true>(C, N, E, scaled, E, 1, init.w2 + at, d_k);
-  outer_sum(C, E, N, scaled, k, shared.w2 + at);
+  outer_sum<true>(C, E, N, scaled, k, shared.w2 + at);
   // W1
-  float *d_hidden = arena.take(C * E), *d_hidden_v = arena.take(C * E), *d_rate = zeros(C), *left_h = scaled;
-  if (p == MEM) std::memcpy(d_hidden, d_h, C * E * sizeof(float));
-  else std::memset(d_hidden, 0, C * E * sizeof(float));
+  float *d_hidden = more ? d_h : arena.take(C * E), *d_hidden_v = arena.take(C * E), *d_rate = zeros(C), *left_h = scaled;
   if (p < SCALARS) scalar_backward(p, x, after_chunk, d_after, factors, init_norms, d_back, d_hidden, d_hidden_v, d_rate);
   else {
     const int m = p - SCALARS;
     unsettle(d_after.w1[m], after_chunk.w1[m], now.w1[m], init.w1[m], E * N, kept, factors[BOXES + p],
-             init_norms[BOXES + p], d_new, given.w1[m], shared.w1[m]);
-    float *d_r = arena.take(C * N), *solved = arena.take(C * N), *d_g = arena.take(C * N), *d_y = arena.take(C * N);
+             init_norms[BOXES + p], more, d_new, given.w1[m], shared.w1[m]);
+    float *d_r = more ? d_r1 : zeros(C * N), *solved = arena.take(C * N), *d_g = arena.take(C * N), *d_y = arena.take(C * N);
     transpose(d_new, E, d_new_turned, N, N, E);
-    each(C, E, [&](int64_t t, int64_t i) { store(left_h + i, -left[t] * load(x.h + i)); });
-    if (p == MEM) std::memcpy(d_r, d_r1, C * N * sizeof(float));
-    else std::memset(d_r, 0, C * N * sizeof(float));
+    each(C, E, [&](int64_t t, int64_t i) { store(left_h + i, left[t] * load(x.h + i)); });
     multiply<true>(C, N, E, left_h, E, 1, d_new_turned, d_r);
-    multiply<false>(C, E, N, x.r, N, 1, d_new, left_h);  // minus the gradient of left h
-    each(C, E, [&](int64_t t, int64_t i) { store(d_hidden + i, load(d_hidden + i) - left[t] * load(left_h + i)); });
-    for (int64_t t = 0; t < C; t++) d_left[t] -= dot(x.h + t * E, left_h + t * E, E);
+    multiply<false>(C, E, N, x.r, N, 1, d_new, left_h);  // the gradient of left h
+    for (int64_t t = 0; t < C; t++) {
+      Vector felt{};
+      for (int64_t i = t * E; i < (t + 1) * E; i += LANES) {
+        const Vector d = load(left_h + i), onward = left[t] * d;
+        felt += d * load(x.h + i);
+        store(d_hidden + i, more ? load(d_hidden + i) + onward : onward);
+      }
+      d_left[t] += sum(felt);
+    }
     upper_times<false>(C, N, x.system, d_r, solved);
     for (int64_t t = 0; t < C; t++) d_rate[t] += dot(solved + t * N, x.b1 + t * N, N);
     pairs<false>(C, N, solved, x.r, turned, lower);
     pairs_backward(x.a, x.rate, d_rate);
     // b = previous (W - W_init) h + W_init h + g
-    for (int64_t t = 0; t < C; t++) {
-      float total = 0;
-      Vector sums{};
-      for (int64_t n = 0; n < N; n += LANES) sums += load(solved + t * N + n) * load(x.y + t * N + n);
-      total = sum(sums);
-      d_previous[t] += x.rate[t] * total;
-    }
+    for (int64_t t = 0; t < C; t++) d_previous[t] += x.rate[t] * dot(solved + t * N, x.y + t * N, N);
     float* d_init = d_r;
     each(C, N, [&](int64_t t, int64_t i) {
       const Vector d = x.rate[t] * load(solved + i);
@@ -120,10 +126,10 @@ inline void Chunk::box_backward(int p, const Box& x, const Weights& after_chunk,
       store(d_init + i, (1.0f - previous[t]) * d);
     });
     multiply<true>(C, E, N, d_init, N, 1, init.w1[m], d_hidden);
-    outer_sum(C, N, E, d_init, x.h, shared.w1[m]);
+    outer_sum<true>(C, N, E, d_init, x.h, shared.w1[m]);
     // back = W1^T g
     multiply<true>(C, N, E, d_back, E, 1, now.w1_turned[m], d_g);
-    outer_sum(C, N, E, x.g, d_back, given.w1[m]);
+    outer_sum<true>(C, N, E, x.g, d_back, given.w1[m]);
     float* d_y_v = solved;
     each(C, N, [&](int64_t, int64_t i) {
       const Vector d = rule.factor * load(d_g + i);
@@ -133,12 +139,11 @@ inline void Chunk::box_backward(int p, const Box& x, const Weights& after_chunk,
       store(d_y_v + i, -d);
     });
     multiply<true>(C, E, N, d_y, N, 1, now.w1[m], d_hidden);
-    outer_sum(C, N, E, d_y, x.h, given.w1[m]);
+    outer_sum<true>(C, N, E, d_y, x.h, given.w1[m]);
     multiply<false>(C, E, N, d_y_v, N, 1, now.w1[m], d_hidden_v);
-    outer_sum(C, N, E, d_y_v, x.hv, given.w1[m]);
+    outer_sum<true>(C, N, E, d_y_v, x.hv, given.w1[m]);
   }
-  lower_times<true>(C, E, lower, x.h, d_hidden);
-  upper_times<true>(C, E, lower, x.h, d_hidden);
+  both_times(C, E, lower, x.h, d_hidden);
   for (int64_t t = 0; t < C; t++) {
     // rate = eta / (1 + eta |h|^2)
     const float inverse = 1.0f / (1.0f + eta[t] * x.squares[t]), share = inverse * inverse * d_rate[t];
@@ -149,13 +154,12 @@ inline void Chunk::box_backward(int p, const Box& x, const Weights& after_chunk,
   }
   each(C, E, [&](int64_t, int64_t i) {
     store(d_pre + i, load(d_pre + i) + load(d_hidden + i) * load(x.slope + i));
-    const Vector gate = load(x.gate_v + i), slope_v = gate + load(x.hv + i) * (1.0f - gate);
-    store(d_hidden_v + i, load(d_hidden_v + i) * slope_v);
+    store(d_hidden_v + i, load(d_hidden_v + i) * load(x.slope_v + i));
   });
   multiply<true>(C, N, E, d_pre, E, 1, now.w2 + at, d_k);
-  outer_sum(C, E, N, d_pre, k, given.w2 + at);
+  outer_sum<true>(C, E, N, d_pre, k, given.w2 + at);
   multiply<true>(C, N, E, d_hidden_v, E, 1, now.w2 + at, d_v);
-  outer_sum(C, E, N, d_hidden_v, v, given.w2 + at);
+  outer_sum<true>(C, E, N, d_hidden_v, v, given.w2 + at);
 }
 
 // Of what `begin` made, after all boxes.
@@ -169,10 +173,9 @@ inline void Chunk::end_backward(float* d_z) {
   }
   each(C, N, [&](int64_t t, int64_t i) { store(d_k + i, load(d_k + i) + left[t] * load(d_c + i)); });
   pairs<true>(C, N, y2, d_c, turned, outer2);
-  std::memcpy(lower, outer2, C * C * sizeof(float));
+  lower = outer2;
   pairs_backward(a2, eta, d_eta);
-  lower_times<true>(C, N, lower, k, d_k);
-  upper_times<true>(C, N, lower, k, d_k);
+  both_times(C, N, lower, k, d_k);
   // decays
   for (int64_t t = 0; t < C; t++) {
     d_before[t] += d_previous[t] * previous[t];
@@ -203,11 +206,11 @@ inline void Chunk::end_backward(float* d_z) {
       else std::memcpy(d_values, d_v, C * N * sizeof(float));
       each(C, N, [&](int64_t, int64_t i) { store(d_z + i, load(d_z + i) + load(d_values + i)); });
       multiply<false>(C, E, N, d_values, N, 1, now.w1[m], d_hidden);
-      outer_sum(C, N, E, d_values, z_h[p], given.w1[m]);
+      outer_sum<true>(C, N, E, d_values, z_h[p], given.w1[m]);
     }
     each(C, E, [&](int64_t, int64_t i) { store(d_hidden + i, load(d_hidden + i) * load(z_slope[p] + i)); });
     multiply<true>(C, N, E, d_hidden, E, 1, now.w2 + p * E * N, d_z);
-    outer_sum(C, E, N, d_hidden, z, given.w2 + p * E * N);
+    outer_sum<true>(C, E, N, d_hidden, z, given.w2 + p * E * N);
   }
 }
 
@@ -217,16 +220,6 @@ inline float* Chunk::zeros(int64_t floats) {
   return start;
 }
 
-inline void Chunk::negate(int64_t floats, const float* from, float* to) {
-  for (int64_t i = 0; i < floats; i += LANES) store(to + i, -load(from + i));
-}
-
-// The slope's slope.
-inline Vector Chunk::bend(Vector x, Vector gate) {
-  const Vector turn = gate * (1.0f - gate);
-  return turn * (2.0f + x * (1.0f - 2.0f * gate));
-}
-
 inline void Chunk::normalise_backward(const float* out, const float* inverse, const float* d_out, float* d_x) {
   for (int64_t t = 0; t < C; t++) {
     const float along = dot(out + t * N, d_out + t * N, N);
@@ -234,9 +227,10 @@ inline void Chunk::normalise_backward(const float* out, const float* inverse, co
   }
 }
 
-// From the gradient of the clamped matrix that of the one before the clamp; what it gives to now, init and decay.
+// From the gradient of the clamped matrix minus that of the one before the clamp; what it gives to now (where there is
+// `more`, in addition), init and decay.
 inline void Chunk::unsettle(const float* d_clamped, const float* clamped, const float* from, const float* start, int64_t size,
-              float kept, float factor, float init_norm, float* d_new, float* d_now, float* d_init) {
+              float kept, float factor, float init_norm, bool more, float* minus_d_new, float* d_now, float* d_init) {
   const float limit = rule.clamp * init_norm;
   const bool held = factor < 1.0f;
   float along = 0;  // of the gradient along the matrix, which the clamp gives to the limit instead
@@ -249,8 +243,8 @@ inline void Chunk::unsettle(const float* d_clamped, const float* clamped, const 
     const Vector first = load(start + i);
     Vector d = load(d_clamped + i);
     if (held) d = factor * (d - (along / limit) * load(clamped + i));
-    store(d_new + i, d);
-    store(d_now + i, load(d_now + i) + kept * d);
+    store(minus_d_new + i, -d);
+    store(d_now + i, more ? load(d_now + i) + kept * d : kept * d);
     Vector d_start = (1.0f - kept) * d;
     if (held) d_start += (rule.clamp * along / init_norm) * first;
     store(d_init + i, load(d_init + i) + d_start);
@@ -259,23 +253,23 @@ inline void Chunk::unsettle(const float* d_clamped, const float* clamped, const 
   d_current[C - 1] += sum(moved);
 }
 
-// d_to (+)= current from_now + (1 - current) from_init, both of them being d W and d W_init along x.
-inline void Chunk::mix(int64_t width, const float* x, const float* from_now, const float* from_init, float* d_to, bool add) {
+// d_to = current from_now + (1 - current) from_init, both of them being d W and d W_init along x; and `also`.
+inline void Chunk::mix(int64_t width, const float* x, const float* from_now, const float* from_init, const float* also, float* d_to) {
   for (int64_t t = 0; t < C; t++) {
     Vector total{};
     for (int64_t i = t * width; i < (t + 1) * width; i += LANES) {
       const Vector first = load(from_init + i), difference = load(from_now + i) - first;
       const Vector value = current[t] * difference + first;
-      store(d_to + i, add ? load(d_to + i) + value : value);
+      store(d_to + i, also ? load(also + i) + value : value);
       total += load(x + i) * difference;
     }
     d_current[t] += sum(total);
   }
 }
 
-// Of (score) r with d given: d_r gets more, `d_pairs` becomes the gradient of q_i . x_j.
+// Of (score) r with d given: d_r, and `d_pairs` becomes the gradient of q_i . x_j.
 inline void Chunk::score_backward(int64_t width, const float* d, const float* r, const float* scores, float* d_r, float* d_pairs) {
-  upper_times<true>(C, width, scores, d, d_r);
+  upper_times<false>(C, width, scores, d, d_r);
   pairs<false>(C, width, d, r, turned, d_pairs);
   Vector columns[4] = {};
   for (int64_t t = 0; t < C; t++) {
@@ -314,12 +308,12 @@ inline void Chunk::scalar_backward(int p, const Box& x, const Weights& after_chu
   const float *w = now.w1s[p], *start = init.w1s[p];
   float *d_new = arena.take(E), *d_w = given.w1s[p], *d_start = shared.w1s[p], solved[64];
   unsettle(d_after.w1s[p], after_chunk.w1s[p], w, start, E, current[C - 1], factors[BOXES + p], init_norms[BOXES + p],
-           d_new, d_w, d_start);
+           false, d_new, d_w, d_start);
   for (int64_t t = 0; t < C; t++) {
     const float along = dot(x.h + t * E, d_new, E);
-    solved[t] = -left[t] * along;
-    d_left[t] -= x.r[t] * along;
-    for (int64_t n = 0; n < E; n += LANES) store(d_hidden + t * E + n, -x.r[t] * left[t] * load(d_new + n));
+    solved[t] = left[t] * along;
+    d_left[t] += x.r[t] * along;
+    for (int64_t n = 0; n < E; n += LANES) store(d_hidden + t * E + n, x.r[t] * left[t] * load(d_new + n));
   }
   substitute_transposed(C, x.a, x.rate, solved);
   for (int64_t t = 0; t < C; t++) {

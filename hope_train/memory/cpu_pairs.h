@@ -69,9 +69,10 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, const float* 
     product<ADD>(std::min(PANEL, columns - n), a, a_row, a_column, b + n, columns, out + n, columns, rows, 0, inner);
 }
 
-// out += a^T b for a [tokens, rows], b [tokens, columns]: what a gives to the gradient of a matrix.
+// out = a^T b (or with ADD: plus) for a [tokens, rows], b [tokens, columns]: what a gives to the gradient of a matrix.
+template <bool ADD>
 inline void outer_sum(int64_t tokens, int64_t rows, int64_t columns, const float* a, const float* b, float* out) {
-  multiply<true>(rows, columns, tokens, a, 1, rows, b, out);
+  multiply<ADD>(rows, columns, tokens, a, 1, rows, b, out);
 }
 
 // out_ij = a_i . b_j for j <= i and the rest of the diagonal's blocks of 16; `turned` has room for b transposed.
@@ -98,6 +99,18 @@ inline void upper_times(int64_t tokens, int64_t width, const float* lower, const
     for (int64_t r = 0; r < tokens; r += LANES)
       product<ADD>(std::min(PANEL, width - n), lower + r, 1, tokens, b + n, width, out + r * width + n, width, LANES, r,
                    tokens);
+}
+
+// out += (L + L^T) b: one dense product in place of two triangular ones. L becomes L + L^T.
+inline void both_times(int64_t tokens, int64_t width, float* lower, const float* b, float* out) {
+  float turned[LANES * LANES];
+  for (int64_t r = 0; r < tokens; r += LANES) {
+    float* diagonal = lower + r * tokens + r;
+    for (int64_t c = 0; c < r; c += LANES) transpose_block(lower + r * tokens + c, tokens, lower + c * tokens + r, tokens);
+    transpose_block(diagonal, tokens, turned, LANES);
+    for (int64_t i = 0; i < LANES; i++) store(diagonal + i * tokens, load(diagonal + i * tokens) + load(turned + i * LANES));
+  }
+  multiply<true>(tokens, width, tokens, lower, tokens, 1, b, out);
 }
 
 inline float dot(const float* a, const float* b, int64_t width) {

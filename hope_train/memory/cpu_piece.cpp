@@ -114,7 +114,7 @@ Pieces piece(const at::Tensor& z, const at::Tensor& q, const at::Tensor& w2_, co
         chunk.begin(p.z_at(h, b), p.z.stride(2));
         for (int box = 0; box < BOXES; box++) {
           const int64_t mark = arena.mark();
-          const Box x = chunk.box(box);
+          const Box x = chunk.box<false>(box);
           chunk.commit(box, x, to, init_norms, scales);
           if (box == MEM) {
             chunk.ask(x, p.q_at(h, b), p.q.stride(2));
@@ -143,8 +143,8 @@ PieceGradients piece_backward(const at::Tensor& d_o_, const at::Tensor& d_n2_, c
   const Problem p = problem(z, q, w2, w1, w1s, eta_max, eta_bias, alpha_bias, factor, clamp, normalize_v, normalize_q);
   const int64_t batch = p.place.batch, width = p.place.width, hidden = p.place.hidden;
   at::Tensor d_z = at::empty({p.place.heads, batch, p.tokens, width}, z.options()), d_q = at::empty_like(d_z);
-  at::Tensor g2 = at::zeros(w2.sizes(), z.options()), g1 = at::zeros(w1.sizes(), z.options());
-  at::Tensor gs = at::zeros(w1s.sizes(), z.options()), s2 = at::zeros(i2.sizes(), z.options());
+  at::Tensor g2 = at::empty(w2.sizes(), z.options()), g1 = at::empty(w1.sizes(), z.options());
+  at::Tensor gs = at::empty(w1s.sizes(), z.options()), s2 = at::zeros(i2.sizes(), z.options());
   at::Tensor s1 = at::zeros(i1.sizes(), z.options()), ss = at::zeros(is.sizes(), z.options());
   at::parallel_for(0, p.place.heads, 1, [&](int64_t first, int64_t last) {
     Arena &kept = scratch(0, 10 * width * hidden + 4096), &arena = scratch(1, p.scratch());
@@ -167,7 +167,7 @@ PieceGradients piece_backward(const at::Tensor& d_o_, const at::Tensor& d_n2_, c
         chunk.begin_backward(p.place.to(g2, g1, gs, h, b, batch), shared);
         for (int box = MEM; box >= 0; box--) {
           const int64_t mark = arena.mark();
-          const Box x = chunk.box(box);
+          const Box x = chunk.box<true>(box);
           if (box == MEM) {
             chunk.ask(x, p.q_at(h, b), p.q.stride(2));
             chunk.answer_backward(x, d_o.const_data_ptr<float>() + at, d_q.mutable_data_ptr<float>() + at);
