@@ -43,15 +43,15 @@ inline Arena& scratch(int which, int64_t floats) {
 }
 
 inline Vector exponential(Vector x) {
-  // 2^n 2^f with f in [-1/2, 1/2]: exp(f ln 2) by its series, error below 2 units in the last place
-  const __m512 least = _mm512_set1_ps(-104.0f), most = _mm512_set1_ps(88.7f);
+  // 2^n 2^f with f in [-1/2, 1/2]: 2^f by the polynomial of degree 6 with the least relative error (2e-9), 1 at 0; all
+  // in all an error below 2 units in the last place
+  const __m512 least = _mm512_set1_ps(-104.0f), most = _mm512_set1_ps(88.7f), scale = _mm512_set1_ps(1.44269504f);
   const __m512 in = _mm512_min_ps(_mm512_max_ps(reinterpret_cast<__m512>(x), least), most);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(in, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 rest = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), in);
-  rest = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), rest);
-  __m512 sum = _mm512_set1_ps(1.0f / 5040);
-  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(in, scale), 0);
+  const __m512 f = _mm512_fmadd_ps(in, _mm512_set1_ps(1.92596303e-8f), _mm512_fmsub_ps(in, scale, n));
+  __m512 sum = _mm512_set1_ps(1.53533618e-4f);
+  for (const float term : {1.33988744e-3f, 9.61843736e-3f, 5.55033247e-2f, 0.240226479f, 0.693147203f, 1.0f})
+    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(term));
   return reinterpret_cast<Vector>(_mm512_scalef_ps(sum, n));
 }
 
