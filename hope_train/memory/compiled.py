@@ -2,8 +2,8 @@
 
 Only whole chunks take this path: a run has one or two shapes of them, while lengths of left-over pieces vary freely
 and would each be compiled anew. The share of activations that compiled code keeps for backward is a budget (the rest
-is recomputed, cheapest first). On some processors the products go through a kernel of ours (`cpu_products`), or a whole
-chunk does (`cpu_piece`, which keeps nothing, whatever the budget).
+is recomputed, cheapest first). On some processors the products go through a kernel of ours (`cpu_products`), or whole
+chunks do (`cpu_piece`, which keeps next to nothing, whatever the budget).
 """
 
 from __future__ import annotations
@@ -25,17 +25,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 @functools.lru_cache(maxsize=4)
 def compiled_kernels(budget: float = 1.0) -> Kernels:
     """The chunk functions compiled with an activation budget in [0, 1]; 1 recomputes only what is free."""
-    joint = compile_with_budget(pieces.joint_piece, budget, own_products=True)
-
-    @functools.wraps(pieces.joint_piece)
-    def joint_or_kernel(config: Any, boxes: Any, init: Any, theta: Any, group: Any, z: Any, *rest: Any) -> Any:
-        chosen = cpu_piece.joint_piece if cpu_piece.takes(config, z, *rest) else joint
-        return chosen(config, boxes, init, theta, group, z, *rest)
-
     return Kernels(
-        joint_or_kernel,
+        compile_with_budget(pieces.joint_piece, budget, own_products=True),
         compile_with_budget(pieces.generator_piece, budget, own_products=True),
         compile_with_budget(pieces.memory_piece, budget, own_products=True),
+        cpu_piece.ROW,
     )
 
 

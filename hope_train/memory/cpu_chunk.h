@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "cpu_pairs.h"
 
@@ -43,12 +44,13 @@ struct Box {
   float *a, *system, *rate, *squares;               // A = ratio (h . h), (I + rate A)^-1
 };
 
-// One head of one sequence.
+// One head of one sequence. Where it is `fresh`, `now` is `init` itself: nothing has moved from it, and products
+// with both are one.
 class Chunk {
  public:
   Chunk(const Rule& rule, int64_t tokens, int64_t width, int64_t hidden, const Weights& now, const Weights& init,
-        Arena& arena)
-      : rule(rule), C(tokens), N(width), E(hidden), now(now), init(init), arena(arena) {
+        bool fresh, Arena& arena)
+      : rule(rule), C(tokens), N(width), E(hidden), now(now), init(init), fresh(fresh), arena(arena) {
     turned = arena.take(C * std::max(N, E));
   }
 
@@ -153,20 +155,27 @@ class Chunk {
         store(x.g + i, factor * ((load(k + i) - load(v + i)) + (load(x.y + i) - load(at_hv + i))));
       });
       multiply<false>(C, E, N, x.g, N, 1, now.w1[m], x.back);
-      multiply<false>(C, N, E, x.h, E, 1, init.w1_turned[m], x.b1);
-      each(C, N, [&](int64_t t, int64_t i) {
-        const Vector start = load(x.b1 + i), moved = load(x.y + i) - start;
-        store(x.y + i, moved);
-        store(x.b1 + i, previous[t] * moved + start + load(x.g + i));
-      });
+      if (fresh) each(C, N, [&](int64_t, int64_t i) { store(x.b1 + i, load(x.y + i) + load(x.g + i)); });
+      else {
+        multiply<false>(C, N, E, x.h, E, 1, init.w1_turned[m], x.b1);
+        each(C, N, [&](int64_t t, int64_t i) {
+          const Vector start = load(x.b1 + i), moved = load(x.y + i) - start;
+          store(x.y + i, moved);
+          store(x.b1 + i, previous[t] * moved + start + load(x.g + i));
+        });
+      }
     }
     // b of W2
-    multiply<false>(C, E, N, k, N, 1, init.w2_turned[p], x.b2);
-    each(C, E, [&](int64_t t, int64_t i) {
-      const Vector start = load(x.b2 + i), moved = load(x.at_k + i) - start;
-      if (BACKWARD) store(x.moved2 + i, moved);
-      store(x.b2 + i, previous[t] * moved + start + load(x.back + i) * load(x.slope + i));
-    });
+    if (fresh)
+      each(C, E, [&](int64_t, int64_t i) { store(x.b2 + i, load(x.at_k + i) + load(x.back + i) * load(x.slope + i)); });
+    else {
+      multiply<false>(C, E, N, k, N, 1, init.w2_turned[p], x.b2);
+      each(C, E, [&](int64_t t, int64_t i) {
+        const Vector start = load(x.b2 + i), moved = load(x.at_k + i) - start;
+        if (BACKWARD) store(x.moved2 + i, moved);
+        store(x.b2 + i, previous[t] * moved + start + load(x.back + i) * load(x.slope + i));
+      });
+    }
     // writes of W1
     weigh(x.h, E, x.a, x.squares);
     for (int64_t t = 0; t < C; t++) x.rate[t] = eta[t] / (1.0f + eta[t] * x.squares[t]);
@@ -201,8 +210,10 @@ class Chunk {
     }
   }
 
-  // The main memory's answers up to its hidden layer: q, what W2 wrote, scores, and silu with its slope.
-  void ask(const Box& x, const float* q_from, int64_t q_row) {
+  // The main memory's answers up to its hidden layer: q, what W2 wrote, scores, what it is asked (with BACKWARD it is
+  // given, else written there), and silu of that with its slope.
+  template <bool BACKWARD>
+  void ask(const Box& x, const float* q_from, int64_t q_row, std::conditional_t<BACKWARD, const float*, float*> asked) {
     q = arena.take(C * N), q_norm = arena.take(C), r2 = arena.take(C * E);
     q_raw = arena.take(C * N);
     for (int64_t t = 0; t < C; t++) std::memcpy(q_raw + t * N, q_from + t * q_row, N * sizeof(float));
@@ -213,26 +224,24 @@ class Chunk {
     lower_times<false>(C, E, system2, scaled, r2);
     score2 = arena.take(C * C), score1 = arena.take(C * C), hidden = arena.take(C * E), hidden_slope = arena.take(C * E);
     score(q, k, N, score2);
-    float *start = arena.take(C * E), *written = arena.take(C * E);
-    multiply<false>(C, E, N, q, N, 1, now.w2_turned[MEM], hidden_slope);
-    multiply<false>(C, E, N, q, N, 1, init.w2_turned[MEM], start);
-    lower_times<false>(C, E, score2, r2, written);
-    each(C, E, [&](int64_t t, int64_t i) {
-      const Vector first = load(start + i);
-      store(hidden_slope + i, current[t] * (load(hidden_slope + i) - first) + first - load(written + i));
-    });
-    activate(hidden_slope, hidden, hidden_slope);
+    if constexpr (!BACKWARD) {
+      float *start = arena.take(C * E), *written = arena.take(C * E);
+      multiply<false>(C, E, N, q, N, 1, now.w2_turned[MEM], asked);
+      if (!fresh) multiply<false>(C, E, N, q, N, 1, init.w2_turned[MEM], start);
+      lower_times<false>(C, E, score2, r2, written);
+      each(C, E, [&](int64_t t, int64_t i) { store(asked + i, decayed(t, asked + i, start + i) - load(written + i)); });
+    }
+    activate(asked, hidden, hidden_slope);
     score(hidden, x.h, E, score1);
   }
 
   void answer(const Box& x, float* out) {
     float *start = arena.take(C * N), *written = arena.take(C * N);
     multiply<false>(C, N, E, hidden, E, 1, now.w1_turned[2], out);
-    multiply<false>(C, N, E, hidden, E, 1, init.w1_turned[2], start);
+    if (!fresh) multiply<false>(C, N, E, hidden, E, 1, init.w1_turned[2], start);
     lower_times<false>(C, N, score1, x.r, written);
     each(C, N, [&](int64_t t, int64_t i) {
-      const Vector first = load(start + i);
-      store(out + i, load(q + i) + current[t] * (load(out + i) - first) + first - load(written + i));
+      store(out + i, load(q + i) + decayed(t, out + i, start + i) - load(written + i));
     });
   }
 
@@ -247,12 +256,21 @@ class Chunk {
   const Rule& rule;
   const int64_t C, N, E;
   const Weights &now, &init;
+  const bool fresh;
   Arena& arena;
   Changes given, shared;
   float *turned, *lower, *z, *z_h[MEM], *z_slope[MEM], *k, *v, *k_norm, *v_norm;
   float *eta, *keep, *cum, *previous, *current, *left, *ratio, *after, *a2, *system2, *y2, *u, *left_k;
   float *q, *q_raw, *q_norm, *r2, *score1, *score2, *hidden, *hidden_slope;
   float *d_k, *d_v, *d_u, *d_eta, *d_previous, *d_current, *d_left, *d_cum, *d_before, *outer2, *d_r2, *d_r1, *d_h;
+
+  // After token t: what now's product has become, on its way to init's.
+  Vector decayed(int64_t t, const float* from_now, const float* from_init) const {
+    const Vector value = load(from_now);
+    if (fresh) return value;
+    const Vector first = load(from_init);
+    return current[t] * (value - first) + first;
+  }
 
   // silu and its slope of x; `slope` may be x itself.
   void activate(const float* x, float* value, float* slope) {
@@ -311,7 +329,8 @@ class Chunk {
   void normalise_backward(const float* out, const float* inverse, const float* d_out, float* d_x);
   void unsettle(const float* d_clamped, const float* clamped, const float* from, const float* start, int64_t size,
                 float kept, float factor, float init_norm, bool more, float* minus_d_new, float* d_now, float* d_init);
-  void mix(int64_t width, const float* x, const float* from_now, const float* from_init, const float* also, float* d_to);
+  void read_backward(int64_t rows, int64_t width, const float* d, const float* x, const float* from_now, const float* from_init,
+                     float* d_now, float* d_init, float* d_x, float* minus);
   void score_backward(int64_t width, const float* d, const float* r, const float* scores, float* d_r, float* d_pairs);
   void pairs_backward(const float* a, const float* rate, float* d_rate);
   void scalar_backward(int p, const Box& x, const Weights& after_chunk, const Weights& d_after, const float* factors,

@@ -6,7 +6,8 @@
 
 namespace hope {
 
-// Backward. Gradients of weights go to `given` (of this sequence) and `shared` (initial states, of all sequences).
+// Backward. Gradients of weights go to `given` (of this sequence) and `shared` (initial states, of all sequences); where
+// it is fresh, both are the latter.
 inline void Chunk::begin_backward(const Changes& weights, const Changes& initial) {
   given = weights, shared = initial;
   for (float** part : {&d_v, &d_u}) *part = zeros(C * N);
@@ -18,38 +19,17 @@ inline void Chunk::begin_backward(const Changes& weights, const Changes& initial
 // Of the answers: d_q, and the first of what the weights, writes and keys of the main memory get.
 inline void Chunk::answer_backward(const Box& x, const float* d_out, float* d_q_to) {
   const int64_t last = MEM - SCALARS;
-  const int64_t wide = C * std::max(N, E);
-  float *d_a = arena.take(C * E), *from_now = arena.take(wide), *from_init = arena.take(wide);
-  float *to_now = arena.take(wide), *to_init = arena.take(wide), *minus = arena.take(wide);
-  float *d_pairs = arena.take(C * C), *d_q = arena.take(C * N);
+  float *d_a = arena.take(C * E), *d_pairs = arena.take(C * C), *d_q = arena.take(C * N), *minus = arena.take(C * std::max(N, E));
   // through W1
-  multiply<false>(C, E, N, d_out, N, 1, now.w1[last], from_now);
-  multiply<false>(C, E, N, d_out, N, 1, init.w1[last], from_init);
-  mix(E, hidden, from_now, from_init, nullptr, d_a);
-  each(C, N, [&](int64_t t, int64_t i) {
-    const Vector d = load(d_out + i);
-    store(to_now + i, current[t] * d);
-    store(to_init + i, (1.0f - current[t]) * d);
-    store(minus + i, -d);
-  });
-  outer_sum<false>(C, N, E, to_now, hidden, given.w1[last]);
-  outer_sum<true>(C, N, E, to_init, hidden, shared.w1[last]);
+  read_backward(N, E, d_out, hidden, now.w1[last], init.w1[last], given.w1[last], shared.w1[last], d_a, minus);
   score_backward(N, minus, x.r, score1, d_r1, d_pairs);
   lower_times<true>(C, E, d_pairs, x.h, d_a);
   upper_times<false>(C, E, d_pairs, hidden, d_h);
   // through silu and W2
-  each(C, E, [&](int64_t t, int64_t i) {
-    const Vector d = load(d_a + i) * load(hidden_slope + i);
-    store(d_a + i, d);
-    store(to_now + i, current[t] * d);
-    store(to_init + i, (1.0f - current[t]) * d);
-    store(minus + i, -d);
-  });
-  multiply<false>(C, N, E, d_a, E, 1, now.w2 + MEM * E * N, from_now);
-  multiply<false>(C, N, E, d_a, E, 1, init.w2 + MEM * E * N, from_init);
-  mix(N, q, from_now, from_init, d_out, d_q);
-  outer_sum<false>(C, E, N, to_now, q, given.w2 + MEM * E * N);
-  outer_sum<true>(C, E, N, to_init, q, shared.w2 + MEM * E * N);
+  const int64_t at = MEM * E * N;
+  each(C, E, [&](int64_t, int64_t i) { store(d_a + i, load(d_a + i) * load(hidden_slope + i)); });
+  read_backward(E, N, d_a, q, now.w2 + at, init.w2 + at, given.w2 + at, shared.w2 + at, d_q, minus);
+  each(C, N, [&](int64_t, int64_t i) { store(d_q + i, load(d_q + i) + load(d_out + i)); });
   score_backward(E, minus, r2, score2, d_r2, d_pairs);
   lower_times<true>(C, N, d_pairs, k, d_q);
   upper_times<false>(C, N, d_pairs, q, d_k);
@@ -67,7 +47,7 @@ inline void Chunk::box_backward(int p, const Box& x, const Weights& after_chunk,
   float *d_b = arena.take(C * E), *d_pre = arena.take(C * E), *d_back = arena.take(C * E), *scaled = arena.take(C * E);
   // W2: what is left of it, and b^T u
   const int64_t at = p * E * N;
-  unsettle(d_after.w2 + at, after_chunk.w2 + at, now.w2 + at, init.w2 + at, E * N, kept, factors[p], init_norms[p], more,
+  unsettle(d_after.w2 + at, after_chunk.w2 + at, now.w2 + at, init.w2 + at, E * N, kept, factors[p], init_norms[p], more || fresh,
            d_new, given.w2 + at, shared.w2 + at);
   transpose(d_new, N, d_new_turned, E, E, N);
   multiply<false>(C, E, N, u, N, 1, d_new_turned, d_b);
@@ -78,26 +58,30 @@ inline void Chunk::box_backward(int p, const Box& x, const Weights& after_chunk,
     each(C, E, [&](int64_t t, int64_t i) { store(d_b + i, load(d_b + i) + eta[t] * load(scaled + i)); });
     pairs<true>(C, E, scaled, r2, turned, outer2);
   }
-  for (int64_t t = 0; t < C; t++) {
-    Vector felt{};
-    for (int64_t i = t * E; i < (t + 1) * E; i += LANES) {
-      const Vector d = load(d_b + i);
-      felt += d * load(x.moved2 + i);
-      store(d_pre + i, previous[t] * d + d * load(x.back + i) * load(x.bend + i));
-      store(d_back + i, d * load(x.slope + i));
-      store(scaled + i, (1.0f - previous[t]) * d);
+  each(C, E, [&](int64_t t, int64_t i) {
+    const Vector d = load(d_b + i), d_at = d * load(x.back + i) * load(x.bend + i);
+    store(d_pre + i, fresh ? d + d_at : previous[t] * d + d_at);
+    store(d_back + i, d * load(x.slope + i));
+  });
+  if (!fresh) {
+    for (int64_t t = 0; t < C; t++) {
+      Vector felt{};
+      for (int64_t i = t * E; i < (t + 1) * E; i += LANES) {
+        felt += load(d_b + i) * load(x.moved2 + i);
+        store(scaled + i, (1.0f - previous[t]) * load(d_b + i));
+      }
+      d_previous[t] += sum(felt);
     }
-    d_previous[t] += sum(felt);
+    multiply<true>(C, N, E, scaled, E, 1, init.w2 + at, d_k);
+    outer_sum<true>(C, E, N, scaled, k, shared.w2 + at);
   }
-  multiply<true>(C, N, E, scaled, E, 1, init.w2 + at, d_k);
-  outer_sum<true>(C, E, N, scaled, k, shared.w2 + at);
   // W1
   float *d_hidden = more ? d_h : arena.take(C * E), *d_hidden_v = arena.take(C * E), *d_rate = zeros(C), *left_h = scaled;
   if (p < SCALARS) scalar_backward(p, x, after_chunk, d_after, factors, init_norms, d_back, d_hidden, d_hidden_v, d_rate);
   else {
     const int m = p - SCALARS;
     unsettle(d_after.w1[m], after_chunk.w1[m], now.w1[m], init.w1[m], E * N, kept, factors[BOXES + p],
-             init_norms[BOXES + p], more, d_new, given.w1[m], shared.w1[m]);
+             init_norms[BOXES + p], more || fresh, d_new, given.w1[m], shared.w1[m]);
     float *d_r = more ? d_r1 : zeros(C * N), *solved = arena.take(C * N), *d_g = arena.take(C * N), *d_y = arena.take(C * N);
     transpose(d_new, E, d_new_turned, N, N, E);
     each(C, E, [&](int64_t t, int64_t i) { store(left_h + i, left[t] * load(x.h + i)); });
@@ -117,16 +101,18 @@ inline void Chunk::box_backward(int p, const Box& x, const Weights& after_chunk,
     pairs<false>(C, N, solved, x.r, turned, lower);
     pairs_backward(x.a, x.rate, d_rate);
     // b = previous (W - W_init) h + W_init h + g
-    for (int64_t t = 0; t < C; t++) d_previous[t] += x.rate[t] * dot(solved + t * N, x.y + t * N, N);
     float* d_init = d_r;
     each(C, N, [&](int64_t t, int64_t i) {
       const Vector d = x.rate[t] * load(solved + i);
       store(d_g + i, d);
-      store(d_y + i, previous[t] * d);
+      store(d_y + i, fresh ? d : previous[t] * d);
       store(d_init + i, (1.0f - previous[t]) * d);
     });
-    multiply<true>(C, E, N, d_init, N, 1, init.w1[m], d_hidden);
-    outer_sum<true>(C, N, E, d_init, x.h, shared.w1[m]);
+    if (!fresh) {
+      for (int64_t t = 0; t < C; t++) d_previous[t] += x.rate[t] * dot(solved + t * N, x.y + t * N, N);
+      multiply<true>(C, E, N, d_init, N, 1, init.w1[m], d_hidden);
+      outer_sum<true>(C, N, E, d_init, x.h, shared.w1[m]);
+    }
     // back = W1^T g
     multiply<true>(C, N, E, d_back, E, 1, now.w1_turned[m], d_g);
     outer_sum<true>(C, N, E, x.g, d_back, given.w1[m]);
@@ -253,18 +239,33 @@ inline void Chunk::unsettle(const float* d_clamped, const float* clamped, const 
   d_current[C - 1] += sum(moved);
 }
 
-// d_to = current from_now + (1 - current) from_init, both of them being d W and d W_init along x; and `also`.
-inline void Chunk::mix(int64_t width, const float* x, const float* from_now, const float* from_init, const float* also, float* d_to) {
+// Of reading x through a matrix on its way from now to init: d_x, what the matrices get, and minus d.
+inline void Chunk::read_backward(int64_t rows, int64_t width, const float* d, const float* x, const float* from_now,
+                                 const float* from_init, float* d_now, float* d_init, float* d_x, float* minus) {
+  multiply<false>(C, width, rows, d, rows, 1, from_now, d_x);
+  if (fresh) {
+    outer_sum<true>(C, rows, width, d, x, d_init);
+    each(C, rows, [&](int64_t, int64_t i) { store(minus + i, -load(d + i)); });
+    return;
+  }
+  float *first = arena.take(C * width), *of_now = arena.take(C * rows), *of_init = arena.take(C * rows);
+  multiply<false>(C, width, rows, d, rows, 1, from_init, first);
   for (int64_t t = 0; t < C; t++) {
     Vector total{};
     for (int64_t i = t * width; i < (t + 1) * width; i += LANES) {
-      const Vector first = load(from_init + i), difference = load(from_now + i) - first;
-      const Vector value = current[t] * difference + first;
-      store(d_to + i, also ? load(also + i) + value : value);
+      const Vector difference = load(d_x + i) - load(first + i);
+      store(d_x + i, current[t] * difference + load(first + i));
       total += load(x + i) * difference;
     }
     d_current[t] += sum(total);
   }
+  each(C, rows, [&](int64_t t, int64_t i) {
+    store(of_now + i, current[t] * load(d + i));
+    store(of_init + i, (1.0f - current[t]) * load(d + i));
+    store(minus + i, -load(d + i));
+  });
+  outer_sum<false>(C, rows, width, of_now, x, d_now);
+  outer_sum<true>(C, rows, width, of_init, x, d_init);
 }
 
 // Of (score) r with d given: d_r, and `d_pairs` becomes the gradient of q_i . x_j.
@@ -308,7 +309,7 @@ inline void Chunk::scalar_backward(int p, const Box& x, const Weights& after_chu
   const float *w = now.w1s[p], *start = init.w1s[p];
   float *d_new = arena.take(E), *d_w = given.w1s[p], *d_start = shared.w1s[p], solved[64];
   unsettle(d_after.w1s[p], after_chunk.w1s[p], w, start, E, current[C - 1], factors[BOXES + p], init_norms[BOXES + p],
-           false, d_new, d_w, d_start);
+           fresh, d_new, d_w, d_start);
   for (int64_t t = 0; t < C; t++) {
     const float along = dot(x.h + t * E, d_new, E);
     solved[t] = left[t] * along;

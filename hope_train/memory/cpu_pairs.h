@@ -37,7 +37,7 @@ class Arena {
 
 // A thread keeps its memory from call to call.
 inline Arena& scratch(int which, int64_t floats) {
-  thread_local std::unique_ptr<Arena> arenas[2];
+  thread_local std::unique_ptr<Arena> arenas[3];
   if (!arenas[which] || !arenas[which]->holds(floats)) arenas[which] = std::make_unique<Arena>(floats);
   return *arenas[which];
 }

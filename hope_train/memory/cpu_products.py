@@ -2,7 +2,7 @@
 
 MKL takes its AVX2 path on AMD processors, also on those with full-width AVX-512: there the kernel in cpu_products.cpp
 computes batches of 64 x 64 products more than twice as fast (docs/benchmarks). Only compiled chunk functions use it, in
-float32: a pass over the compiler's graph puts it in the place of `aten::bmm`. `cpu_piece` is a whole chunk as one
+float32: a pass over the compiler's graph puts it in the place of `aten::bmm`. `cpu_piece` is whole chunks as one
 kernel. Whether they are used depends on the processor and the configuration, not on a timing, so that a run resumes to
 the same bits on the same machine.
 """
@@ -72,10 +72,11 @@ def load() -> bool:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once on a machine
             print(f"warning: {_reason(error)}: the memories use the library's slower products", file=sys.stderr)
         return False
-    torch.library.register_fake("hope::bmm", _shape)
-    torch.library.register_fake("hope::unit_lower_inverse", torch.empty_like)
-    _lower()
     global READY
+    if not READY:  # a process registers once
+        torch.library.register_fake("hope::bmm", _shape)
+        torch.library.register_fake("hope::unit_lower_inverse", torch.empty_like)
+        _lower()
     READY = True
     return True
 
