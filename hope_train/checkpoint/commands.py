@@ -30,6 +30,8 @@ from hope_train.checkpoint.manifest import (
     step_of,
     wanted_files,
 )
+from hope_train.checkpoint.own_saves import OWN, stale
+from hope_train.checkpoint.own_saves import remove as remove_own
 from hope_train.checkpoint.retention import removals, remove, remove_unfinished, size_of
 from hope_train.errors import UserError
 
@@ -197,9 +199,13 @@ def prune_command(
                 {"name": item.folder.name, "keeps": list(item.keep), "bytes": item.bytes} for item in found
             ]
             rows += [{"name": folder.name, "keeps": [], "bytes": size} for folder, size in unfinished.items()]
+            own = stale(checkpoints.parent, {item.folder.name for item in found})
+            own += list_unfinished(checkpoints.parent / OWN)
+            rows += [{"name": f"{OWN}/{folder.name}", "keeps": [], "bytes": size_of(folder)} for folder in own]
             if not dry_run:
                 remove(found, mark="by-hand")
                 list(remove_unfinished(checkpoints))
+                remove_own(checkpoints.parent / OWN, own)
     except OSError as error:
         raise UserError(f"{checkpoints} cannot be pruned: {error.strerror or error}") from None
     freed = sum(row["bytes"] for row in rows)
@@ -285,9 +291,13 @@ def from_universal_command(path: str, out: str, like: str | None, as_json: bool)
     if made["exact"]:
         print(f"nothing has changed since {path} was written: all of it is as it was, to the bit")
         return 0
-    print(f"from {path}: weights, moments and how many updates each has taken, of which step and tokens are made")
+    if made["counted"]:
+        print(f"from {path}: weights, moments, step, tokens and the counters of the levels, which a run has left there")
+    else:
+        print(f"from {path}: weights, moments and how many updates each has taken, of which step and tokens are made")
     print(f"from {made['like']}: configuration, tokenizer, the order of the data, random generators")
-    print("anew: what slow levels collect of a period, refused steps, best and last losses")
+    refused = "" if made["counted"] else "refused steps, "
+    print(f"anew: what slow levels collect of a period, {refused}best and last losses")
     if made["stream"]:
         print(f"warning: data.mode is streaming, and goes on where {made['like']} was in its data")
     return 0

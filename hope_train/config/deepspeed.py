@@ -24,6 +24,10 @@ class DeepSpeedConfig(Section):
     offload_parameters: bool = False
     """Stage 3: parameters are in host memory while they are not used."""
 
+    own_saves: bool = False
+    """At every checkpoint DeepSpeed saves too, in its own layout (`<run>/deepspeed/<step>/`), for its tools and other
+    programs. Checkpoints are waited for then, whatever checkpoint.async_save says. The run never goes on from these."""
+
     config: str | None = None
     """A DeepSpeed configuration file (JSON) to lay under what this engine sets. What it decides otherwise than this
     run's configuration is refused by name. null: none."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from hope_train.checkpoint.collected import stacked_bytes
+from hope_train.checkpoint.manifest import step_name
+from hope_train.checkpoint.own_saves import OwnSaves
 from hope_train.checkpoint.spread import run_state
-from hope_train.checkpoint.writer import Facts, SaveError
+from hope_train.checkpoint.writer import Facts, SaveError, one_line
+from hope_train.parallel.zero.engine import ZeroEngine
 from hope_train.train import randomness
 from hope_train.train.heartbeat import phase
 from hope_train.train.metrics import JsonLines, Row
@@ -35,10 +39,11 @@ def save(run: Session, last: bool = False, scheduled: bool = False) -> None:
             run.optimizer.fold()
         # Nobody knows of a failure in the background at the same step on all ranks: the try that decides is waited for.
         decisive = last or run.writer.failures + 1 >= run.config.checkpoint.patience
+        wait = decisive or run.own_saves is not None
         state = run_state(run.engine, stack=rows is not None)
         try:
             # During a row of refused steps the older checkpoints may be the better ones: none is deleted then.
-            run.writer.save(state, facts(run), wait=decisive, prune=run.progress.refused == 0, rows=rows)
+            run.writer.save(state, facts(run), wait=wait, prune=run.progress.refused == 0, rows=rows)
         except SaveError as error:
             if decisive:
                 raise
@@ -46,6 +51,40 @@ def save(run: Session, last: bool = False, scheduled: bool = False) -> None:
         finally:
             if rows is None:
                 run.optimizer.unfold()
+        if run.own_saves is not None and run.writer.last_step == run.progress.step:
+            save_own(run, run.own_saves)
+
+
+def save_own(run: Session, own: OwnSaves) -> None:
+    """Let DeepSpeed save beside the checkpoint that has just been published. All ranks wait for it.
+
+    A failure is a warning: the checkpoint is there. Raises FencedError.
+    """
+    assert isinstance(run.engine, ZeroEngine)
+    engine, step, tokens = run.engine, run.progress.step, run.progress.tokens
+    work = own.work(step)
+    for leads_alone, action in (
+        (True, lambda: own.begin(step)),
+        (False, lambda: engine.save_own(work, step_name(step), step, tokens)),
+        (True, lambda: own.publish(step)),
+    ):
+        failure = _failure(run, action) if run.leads or not leads_alone else None
+        run.still_ours()
+        if (found := next(filter(None, engine.mesh.team.gather(failure)), None)) is not None:
+            if run.leads:
+                own.discard(step)
+            run.display.say(f"warning: DeepSpeed's own save of step {step} failed ({found}); the checkpoint is whole")
+            return
+
+
+def _failure(run: Session, action: Callable[[], None]) -> str | None:
+    """Why something could not be written, in a line."""
+    try:
+        with run.losing():
+            action()
+    except (OSError, RuntimeError) as error:
+        return one_line(error)
+    return None
 
 
 def rows_to_stack(run: Session) -> int | None:

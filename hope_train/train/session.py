@@ -14,6 +14,7 @@ from data_pipelines.batches import DataBundle, open_data, open_tokenizer
 from hope_train.checkpoint.collected import Apart
 from hope_train.checkpoint.fence import FencedError, refuse_if_in_use
 from hope_train.checkpoint.manifest import CHECKPOINTS, Manifest, list_checkpoints
+from hope_train.checkpoint.own_saves import OWN, OwnSaves
 from hope_train.checkpoint.spread import live_state, run_state
 from hope_train.checkpoint.store import find_checkpoint, load_state, newest_whole, read_trainer
 from hope_train.checkpoint.writer import CheckpointWriter
@@ -68,6 +69,9 @@ class Session:
     loggers: Loggers
     display: Display
     clock: Stopwatch
+    own_saves: OwnSaves | None = None
+    """Where DeepSpeed saves too, if it does. Rank 0 alone uses it."""
+
     lost: FencedError | None = None
     """With several processes: this one has noticed that the run is another's, and the others do not know yet."""
 
@@ -206,8 +210,13 @@ def open_session(
     team.on_first(lambda: writer.set_aside(after=progress.step))
     if found is not None:
         writer.go_on_from(*found)
-    if keep.async_save:
+    own = None
+    if config.parallel.engine == "deepspeed" and config.parallel.deepspeed.own_saves:
+        own = OwnSaves(fence)
+    elif keep.async_save:
         writer.reserve(run_state(engine))
+    if own is not None or (run_dir / OWN).is_dir():
+        team.on_first(lambda: OwnSaves(fence).open(after=progress.step))
     for line in (*notes, *(f"warning: {line}" for line in engine.optimizer.plan.warnings())):
         display.say(line)
     if found is not None:
@@ -226,6 +235,7 @@ def open_session(
         loggers=Loggers(config, run_dir, progress.step, display.say, silent=not team.leads),
         display=display,
         clock=Stopwatch(),
+        own_saves=own,
     )
 
 

@@ -111,12 +111,14 @@ def test_offload_changes_nothing(gang: Gang, stage: int) -> None:
 def test_bf16_follows_the_native_engine_to_its_precision(gang: Gang) -> None:
     expected = alone("hope", False, True, "bf16")
     assert expected["reports"][0]["loss"] != alone("hope", False, True)["reports"][0]["loss"]
-    for stage in (2, 3):
-        arguments = {"arch": "hope", "dtype": "float32", "precision": "bf16", **SMALL, **zero(stage)}
+    for stage, tp in ((2, 1), (3, 1), (1, 2), (3, 2)):
+        arguments = {"arch": "hope", "dtype": "float32", "precision": "bf16", "tp": tp, **SMALL, **zero(stage)}
         (found, _) = run(gang, cases.train, 2, **arguments)
-        for mine, theirs in zip(found["reports"], expected["reports"], strict=True):
-            assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
-            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
+        native = run(gang, cases.train, 2, **{**arguments, "engine": "native"})[0]["reports"]
+        for mine, *others in zip(found["reports"], expected["reports"], native, strict=True):
+            for theirs in others:
+                assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+                assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from hope_train.model.hope import HopeModel, build_model
 from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.plan import split_of_parameter
 from hope_train.parallel.zero.engine import open_deepspeed
+from tests.parallel import jobs
 
 Held = dict[str, dict[str, torch.Tensor]]
 
@@ -70,14 +72,23 @@ def go_on(folder: str, stage: int, steps: int, groups: bool, save: str | None = 
     return found
 
 
+def whole_state(model: HopeModel, key: str) -> dict[str, torch.Tensor]:
+    """An entry of the optimizer's state for every parameter, by DeepSpeed's own function."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    return {name: safe_get_full_optimizer_state(each, key).clone() for name, each in model.named_parameters()}
+
+
 def held(model: HopeModel) -> Held:
     """Whole fp32 weights and moments, by DeepSpeed's own functions."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils import safe_get_full_fp32_param
 
+    first, second = whole_state(model, "exp_avg"), whole_state(model, "exp_avg_sq")
     return {
         name: {
             "fp32": safe_get_full_fp32_param(parameter).clone(),
-            **{key: safe_get_full_optimizer_state(parameter, key).clone() for key in ("exp_avg", "exp_avg_sq")},
+            "exp_avg": first[name],
+            "exp_avg_sq": second[name],
         }
         for name, parameter in model.named_parameters()
     }
@@ -117,6 +128,37 @@ class Mapping:
         return self.weights
 
 
+def script_weights(folder: str) -> dict[str, torch.Tensor]:
+    """What the script `zero_to_fp32.py`, which DeepSpeed puts beside its saves, makes of the newest."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    return dict(get_fp32_state_dict_from_zero_checkpoint(folder))
+
+
+def run_on_a_full_disk(config: str, overrides: list[str], rank: int, what: str, step: int) -> Any:
+    """`hope train` in which one rank cannot write what DeepSpeed saves at a step.
+
+    what: `save` (its own file), or `copyfile` (the scripts that DeepSpeed puts beside them, rank 0 alone).
+    """
+    from deepspeed.runtime import engine
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    owner = {"save": TorchCheckpointEngine, "copyfile": engine}[what]
+    plain = getattr(owner, what)
+
+    def full(*arguments: Any, **named: Any) -> Any:
+        place = next(str(each) for each in (*named.values(), *arguments[::-1]) if isinstance(each, str | Path))
+        if dist.get_rank() == rank and f"step_{step:08d}.tmp-" in place:
+            raise OSError(errno.ENOSPC, "No space left on device", place)
+        return plain(*arguments, **named)
+
+    setattr(owner, what, full)
+    try:
+        return jobs.train_run(config, overrides)
+    finally:
+        setattr(owner, what, plain)
+
+
 def convert(source: Path, target: Path) -> None:
     """`ds_to_universal.py --inject_missing_state`, in this process."""
     from deepspeed.checkpoint.ds_to_universal import main
@@ -132,3 +174,36 @@ def convert(source: Path, target: Path) -> None:
             inject_missing_state=True,
         )
     )
+
+
+def go_on_from_own(folder: str, checkpoint: str, stage: int) -> dict[str, Any]:
+    """Load the newest of DeepSpeed's own saves in `folder` into a plain engine of other weights, and take a step.
+
+    checkpoint: of the same run, which says what the model is.
+
+    Returns what is in the engine after loading, what levels have collected, and what DeepSpeed hands its client.
+    """
+    deepspeed = open_deepspeed(Mesh(MeshSizes(), torch.device("cpu")))
+    config = RunConfig.model_validate(json.loads((Path(checkpoint) / "manifest.json").read_text())["config"])
+    model = build_model(config.model, 99)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1.0),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage},
+        },
+        dist_init_required=False,
+    )
+    path, client = engine.load_checkpoint(folder)
+    found = {"path": path, "client": client["hope_train"], "global_steps": engine.global_steps}
+    if stage < 3:  # what `safe_get_full_optimizer_state` reads is linked by DeepSpeed in its first step alone
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    found["loaded"], found["collected"] = held(model), whole_state(model, "accumulator")
+    tokens_BT = torch.randint(config.model.vocab_size, (1, 33))
+    engine.backward(cross_entropy(engine(tokens_BT[:, :-1]).flatten(0, 1), tokens_BT[:, 1:].flatten()))
+    engine.step()
+    found["final"] = held(model)
+    engine.destroy()
+    return found

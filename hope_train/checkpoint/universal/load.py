@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from hope_train.checkpoint.tensors import OPTIMIZER, TOKENS, UPDATES, State, sav
 from hope_train.checkpoint.universal.export import check_adam, kinds_of
 from hope_train.checkpoint.universal.layout import (
     GROUPS,
+    MODEL_STATES,
     OURS,
     PARAM,
     RECORD,
@@ -65,7 +67,8 @@ def from_universal(folder: Path, out: Path, like: tuple[Path, Manifest] | None =
             that `to_universal` left in the folder.
 
     Returns:
-        What was read: `exact` tells whether it is the checkpoint that was written there, to the bit.
+        What was read: `exact` tells whether it is the checkpoint that was written there, to the bit; `counted` whether
+        steps and counters are those of the run whose own save (`parallel.deepspeed.own_saves`) was converted.
 
     Raises:
         UserError: no such folder, names or shapes that are not the model's; `out` is there or cannot be written.
@@ -78,6 +81,7 @@ def from_universal(folder: Path, out: Path, like: tuple[Path, Manifest] | None =
     _check_names(folder, origin.kinds)
     exact = origin.files is not None and _unchanged(folder, origin.files)
     manifest = origin.manifest
+    counts = None
     if exact:
         state: State = {
             name: {key: _read(folder, name, key, shape, dtype) for key, (shape, dtype) in found.items()}
@@ -86,9 +90,12 @@ def from_universal(folder: Path, out: Path, like: tuple[Path, Manifest] | None =
         steps, rows, losses, trainer = manifest.step, manifest.stacked, manifest.losses, origin.trainer
         tokens = manifest.tokens
     else:
-        state = _advanced(folder, origin)
-        steps, rows, losses, trainer = int(state[CORE][f"{OPTIMIZER}steps"]), None, {}, {**origin.trainer, "refused": 0}
-        tokens = config_of(manifest).train.tokens_after(steps)
+        plan = LevelPlan.from_config(config_of(manifest))
+        counts = _own_counts(folder, plan)
+        state = _advanced(folder, origin, plan, counts)
+        rows, losses, trainer = None, {}, {**origin.trainer, "refused": 0}
+        steps = int(state[CORE][f"{OPTIMIZER}steps"]) if counts is None else counts["step"]
+        tokens = config_of(manifest).train.tokens_after(steps) if counts is None else counts["tokens"]
     facts = Facts(steps, tokens, manifest.config, manifest.tokenizer, manifest.data, losses, trainer)
     with new_folder(out) as work:
         for name, tensors in state.items():
@@ -99,6 +106,7 @@ def from_universal(folder: Path, out: Path, like: tuple[Path, Manifest] | None =
         "checkpoint": str(out),
         "folder": str(folder),
         "exact": exact,
+        "counted": counts is not None,
         "step": steps,
         "tokens": tokens,
         "parameters": sum(len(parameters_of(found)) for found in state.values()),
@@ -155,25 +163,43 @@ def _unchanged(folder: Path, files: Mapping[str, FileRecord]) -> bool:
     return there == wanted
 
 
-def _advanced(folder: Path, origin: Origin) -> State:
-    """Weights, moments and their steps as they are there; counters that fit so many steps; nothing collected."""
-    steps = {
-        name: int(_read(folder, CORE, f"{OPTIMIZER}{STEP}.{name}", (), torch.float64))
-        for name in parameters_of(origin.kinds[CORE])
-    }
-    if len(set(steps.values())) > 1:
-        least, most = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
-        raise UserError(
-            f"{folder}: {least} has taken {steps[least]} updates and {most} {steps[most]}; what is updated at every "
-            "step has to have taken as many"
-        )
-    done = next(iter(steps.values()))
+def _own_counts(folder: Path, plan: LevelPlan) -> dict[str, Any] | None:
+    """What a run with `own_saves` says of its steps and levels, where DeepSpeed has only converted it since.
+
+    None: nothing, or DeepSpeed has taken steps of its own. Raises UserError for a run with other levels or periods.
+    """
+    content: dict[str, Any] = {}
+    for file in (folder / name for name in MODEL_STATES):
+        if file.is_file():
+            with suppress(UserError):  # of other programs: anything may be in it
+                content = _load(file)
+    counts = content.get(OURS)
+    if not isinstance(counts, dict) or counts.get("global_steps") != content.get("global_steps", -1):
+        return None
+    theirs = {name: of_set["period"] for name, of_set in counts["sets"].items()}
+    if theirs != {part.name: part.period for part in plan.sets}:
+        raise UserError(f"{folder} is of a run with other levels or periods: {theirs}")
+    return counts
+
+
+def _advanced(folder: Path, origin: Origin, plan: LevelPlan, counts: dict[str, Any] | None) -> State:
+    """Weights, moments and their steps as they are there; counters that fit them; nothing collected.
+
+    counts: the run's own; None: those of so many steps as the core has taken updates.
+    """
+    done = _updates_of_core(folder, origin) if counts is None else counts["steps"]
+    skipped = 0 if counts is None else counts["skipped"]
     state: State = {}
-    for part in LevelPlan.from_config(config_of(origin.manifest)).sets:
-        counters = {"period": part.period, "updates": done // part.period, "tokens": 0, "steps": done, "skipped": 0}
+    for part in plan.sets:
+        updates = done // part.period if counts is None else counts["sets"][part.name]["updates"]
+        counters = {"period": part.period, "updates": updates, "tokens": 0, "steps": done, "skipped": skipped}
         tensors = state[part.name] = {}
         for entry, (shape, dtype) in origin.kinds[part.name].items():
-            if universal_place(entry) is not None:
+            placed = universal_place(entry)
+            if placed is not None and placed[1] == STEP and counts is not None:
+                # DeepSpeed's files have one count for all parameters.
+                tensors[entry] = torch.tensor(counts["adam_steps"][placed[0]], dtype=dtype).reshape(shape)
+            elif placed is not None:
                 tensors[entry] = _read(folder, part.name, entry, shape, dtype)
             elif entry.removeprefix(OPTIMIZER) in counters:
                 if entry != TOKENS or part.name == CORE:
@@ -184,6 +210,21 @@ def _advanced(folder: Path, origin: Origin) -> State:
                     f"for {entry}: such a run (model.cms.variant=nested) comes back only unchanged"
                 )
     return state
+
+
+def _updates_of_core(folder: Path, origin: Origin) -> int:
+    """Raises UserError where its parameters have taken different numbers of them."""
+    steps = {
+        name: int(_read(folder, CORE, f"{OPTIMIZER}{STEP}.{name}", (), torch.float64))
+        for name in parameters_of(origin.kinds[CORE])
+    }
+    if len(set(steps.values())) > 1:
+        least, most = min(steps, key=steps.__getitem__), max(steps, key=steps.__getitem__)
+        raise UserError(
+            f"{folder}: {least} has taken {steps[least]} updates and {most} {steps[most]}; what is updated at every "
+            "step has to have taken as many"
+        )
+    return next(iter(steps.values()))
 
 
 def _read(folder: Path, set_name: str, entry: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from hope_train.parallel.layouts import parameter_of
 from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.micro import split_rows
 from hope_train.parallel.rows import Rows
-from hope_train.parallel.zero import megatron
+from hope_train.parallel.zero import megatron, own
 from hope_train.parallel.zero.entry import Entry, announce, gather_in_steps
 from hope_train.parallel.zero.flat import Flat
 from hope_train.parallel.zero.levels import Called, ZeroLevels, ZeroRanks
@@ -51,6 +52,9 @@ class ZeroEngine(Engine):
 
     runs: Mapping[str, Run] = field(default_factory=dict)
     """What they are parts of."""
+
+    context_length: int = 1
+    """Tokens of a sample."""
 
     @property
     def data_group(self) -> dist.ProcessGroup | None:
@@ -113,6 +117,18 @@ class ZeroEngine(Engine):
         """Stacked accumulators that the native engine has written."""
         return AllRows(self.mesh, runs=self.runs)
 
+    def save_own(self, folder: Path, tag: str, step: int, tokens: int) -> None:
+        """DeepSpeed's own save of the weights and the optimizer's state, into `<folder>/<tag>`; all ranks call it.
+
+        step, tokens: global batches and training tokens consumed. Raises OSError or RuntimeError, where it failed.
+        """
+        # DeepSpeed counts the steps of this process; these are the run's.
+        self.deepspeed.global_steps, self.deepspeed.skipped_steps = step, self.optimizer.skipped
+        self.deepspeed.global_samples = tokens // self.context_length
+        own.save(
+            self.deepspeed, folder, tag, own.client_state(self.optimizer, step, tokens, self.model.config.vocab_size)
+        )
+
     def close(self) -> None:
         """Let go of DeepSpeed's and megatron-core's groups."""
         self.deepspeed.destroy()
@@ -173,12 +189,23 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
 
     optimizer = build_kind(ZeroLevels, held.items(), config, ranks_of(mesh, spread, held, whole, flat))
     optimizer.attach(wrapped.step, called, flat)
+    called.written = lambda: own.optimizer_state(optimizer, flat)
     runs = {}
     for name, (shape, dim) in whole.items():
         place = None if flat is None else flat.places[name]
         first, size = (0, sizes[name]) if place is None else (place.first, place.size)
         runs[name] = Run.of(shape, dim, mesh.coordinate("tp"), mesh.sizes.tp, first, first + size)
-    return ZeroEngine(mesh, spread, optimizer, deepspeed=wrapped, stage=settings.stage, flat=flat, held=held, runs=runs)
+    return ZeroEngine(
+        mesh,
+        spread,
+        optimizer,
+        deepspeed=wrapped,
+        stage=settings.stage,
+        flat=flat,
+        held=held,
+        runs=runs,
+        context_length=config.train.context_length,
+    )
 
 
 def spread_shapes(spread: SpreadModel) -> dict[str, tuple[tuple[int, ...], int | None]]:

@@ -20,12 +20,17 @@ WAYS_IN = ("forward", "loss", "hidden", "row_nll", "hidden_nll", "step", "step_n
 
 
 class Entry(nn.Module):
-    """Calls a method of the model by its name."""
+    """Calls a method of the model by its name. Its children are the model's: DeepSpeed saves the model's names."""
+
+    model: HopeModel
 
     def __init__(self, model: HopeModel) -> None:
         super().__init__()
-        self.model = model
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        object.__setattr__(self, "model", model)  # not a child
         self.inside = False
+        self.register_state_dict_post_hook(_drop_empty)
 
     def forward(self, way: str, *arguments: Any, autocast: bool = False, **options: Any) -> Any:
         """autocast: products in bf16."""
@@ -49,6 +54,12 @@ class Entry(nn.Module):
             return self(way, *arguments, **options)
 
         return enter
+
+
+def _drop_empty(entry: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Megatron-core's layers have entries without a tensor, at which DeepSpeed's converter would stumble."""
+    for name in [name for name, tensor in state.items() if tensor is None]:
+        del state[name]
 
 
 def announce(entry: Entry) -> None:
