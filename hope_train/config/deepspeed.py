@@ -54,6 +54,7 @@ NOT_OURS = {
     "progressive_layer_drop": "it changes the model",
     "hybrid_engine": "it is for generation between steps",
     "zenflow": "it steps parameters at other times than their levels",
+    "expert_parallel": "the model has no experts",
     "elasticity": "it changes the batch: set train.batch_tokens",
     "checkpoint": "checkpoints are the run's own: set the section checkpoint",
     "load_universal_checkpoint": "checkpoints are the run's own",
@@ -68,13 +69,12 @@ NOT_OURS_OF_ZERO = {
     "zero_quantized_weights": "weights would be rounded",
     "zero_quantized_nontrainable_weights": "weights would be rounded",
     "zero_hpz_partition_size": "its second copies of the weights are not kept up when a checkpoint is read",
+    "cpu_offload": "set parallel.deepspeed.offload_optimizer",
+    "cpu_offload_param": "set parallel.deepspeed.offload_parameters",
     "elastic_checkpoint": "checkpoints are the run's own",
     "mics_shard_size": "its copies of the shards are not known to the norms",
 }
 """As `NOT_OURS`, in its section `zero_optimization`."""
-
-OFF: tuple[Any, ...] = (None, False, 0, 1, {}, {"enabled": False})
-"""Values with which such a section decides nothing."""
 
 
 def required(settings: DeepSpeedConfig, micro_batch_size: int, micro_batches: int, data_ranks: int) -> Tree:
@@ -99,6 +99,8 @@ def required(settings: DeepSpeedConfig, micro_batch_size: int, micro_batches: in
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": micro_batch_size * micro_batches * data_ranks,
+        "managed_gradient_accumulation": True,
+        "gradient_allreduce_op": "mean",
         "gradient_clipping": 0.0,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
@@ -146,18 +148,27 @@ def merged(settings: DeepSpeedConfig, needed: Tree) -> Tree:
         (zero if isinstance(zero, dict) else {}, NOT_OURS_OF_ZERO, "zero_optimization."),
     ):
         for key, instead in forbidden.items():
-            if key in section and section[key] not in OFF and not _is_off(section[key]):
+            if key in section and not _decides_nothing(section.pop(key)):
                 raise UserError(f"{settings.config}: {prefix}{key} cannot be used with this engine: {instead}")
     for key, wanted in (
         ("offload_optimizer", settings.offload_optimizer),
         ("offload_param", settings.offload_parameters),
     ):
         _refuse_offload(settings.config, zero if isinstance(zero, dict) else {}, key, wanted)
-    return {**DEFAULTS, **_laid_over(theirs, needed, settings.config)}
+    return {**DEFAULTS, **_without_auto(_laid_over(theirs, needed, settings.config))}
 
 
-def _is_off(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("enabled") is False
+def _decides_nothing(value: Any) -> bool:
+    """Whether a section of `NOT_OURS` is left to others, or off; sizes are off at 0 and 1."""
+    if isinstance(value, dict):
+        return not value or value.get("enabled") in (False, "auto")
+    return value in (None, "auto") or value is False or (value in (0, 1) and value is not True)
+
+
+def _without_auto(tree: Tree) -> Tree:
+    """What says "auto", and is not decided here, is left to DeepSpeed's defaults."""
+    left = {key: value for key, value in tree.items() if value != "auto"}
+    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in left.items()}
 
 
 def _refuse_offload(file: str, zero: Mapping[str, Any], key: str, wanted: bool) -> None:

@@ -61,6 +61,19 @@ def test_a_file_adds_what_nobody_else_decides(tmp_path: Path) -> None:
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
 
 
+def test_auto_leaves_it_to_the_run_or_to_deepspeed(tmp_path: Path) -> None:
+    theirs = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": "auto",
+        "fp16": {"enabled": "auto", "loss_scale": 0},
+        "bf16": {"enabled": "auto"},
+        "sequence_parallel_size": 1,
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto", "zero_hpz_partition_size": 1},
+    }
+    assert with_file(tmp_path, theirs, stage=2) == merged(DeepSpeedConfig(stage=2), tree(stage=2))
+
+
 @pytest.mark.parametrize(
     ("theirs", "named"),
     [
@@ -75,6 +88,10 @@ def test_a_file_adds_what_nobody_else_decides(tmp_path: Path) -> None:
         ({"prescale_gradients": True}, "prescale_gradients is True"),
         *(({key: {"enabled": True}}, f"{key} cannot be used") for key in NOT_OURS),
         *(({"zero_optimization": {key: {"x": 2}}}, f"zero_optimization.{key} cannot") for key in NOT_OURS_OF_ZERO),
+        *(({key: True}, f"{key} cannot be used") for key in NOT_OURS),
+        *(({"zero_optimization": {key: True}}, f"zero_optimization.{key} cannot") for key in NOT_OURS_OF_ZERO),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is 'sum'"),
+        ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation is False"),
         ("{", "is not JSON"),
         ("[]", "is an object"),
     ],
