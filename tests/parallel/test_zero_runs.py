@@ -55,3 +55,17 @@ def test_a_resume_is_exact_in_mid_period_too(gang: Gang, tiny: Tiny, stage: int,
         train(gang, tiny, 2, "halves", zero(stage, save), at)
     assert_same_run(tiny, "halves", "whole")
     assert_same_tensors(tiny.checkpoint("halves", 3), tiny.checkpoint("whole", 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_run_in_bf16_with_tensor_parallelism(gang: Gang, tiny: Tiny, stage: int) -> None:
+    assert tiny.train("one", *ALL, "train.precision=bf16") == 0
+    train(gang, tiny, 2, "mine", zero(stage, "parallel.tp=2", "train.precision=bf16"))
+    for mine, theirs in zip(tiny.metrics("mine"), tiny.metrics("one"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
+    for mine, theirs in zip(tiny.evaluations("mine"), tiny.evaluations("one"), strict=True):
+        for key, value in theirs.items():
+            if isinstance(value, float):
+                assert mine[key] == pytest.approx(value, rel=2e-3), key

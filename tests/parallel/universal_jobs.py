@@ -159,7 +159,7 @@ def run_on_a_full_disk(config: str, overrides: list[str], rank: int, what: str, 
         setattr(owner, what, plain)
 
 
-def convert(source: Path, target: Path) -> None:
+def convert(source: Path | str, target: Path | str) -> None:
     """`ds_to_universal.py --inject_missing_state`, in this process."""
     from deepspeed.checkpoint.ds_to_universal import main
 

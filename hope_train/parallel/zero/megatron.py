@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from datetime import timedelta
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class MegatronParallel(TensorParallel):
             tensor_model_parallel_size=self.ranks, use_cpu_initialization=True, perform_initialization=False
         )
         group = parallel_state.get_tensor_model_parallel_group()
+        columns, rows = linear_layers()
         common = {"config": config, "init_method": lambda weight: weight, "tp_group": group}
 
         def enter(x: Tensor) -> Tensor:
@@ -130,13 +132,11 @@ class MegatronParallel(TensorParallel):
                 with torch.device("meta"):
                     if split is Split.COLWISE:
                         # The input's gradient is summed where it entered, once for all layers that read it.
-                        layer = tensor_parallel.ColumnParallelLinear(
+                        layer = columns(
                             inputs, outputs, bias=False, gather_output=False, disable_grad_reduce=True, **common
                         )
                     else:
-                        layer = tensor_parallel.RowParallelLinear(
-                            inputs, outputs, bias=False, input_is_parallel=True, skip_bias_add=False, **common
-                        )
+                        layer = rows(inputs, outputs, bias=False, input_is_parallel=True, skip_bias_add=False, **common)
                 self._replace(name, module, layer)
                 layer.register_forward_hook(after(lambda output: output[0]))
         with torch.device("meta"):
@@ -150,6 +150,27 @@ class MegatronParallel(TensorParallel):
         assert layer.weight.shape == module.weight.shape, name
         layer.weight = module.weight
         self.model.set_submodule(name, layer)
+
+
+def linear_layers() -> tuple[type, type]:
+    """Megatron-core's ColumnParallelLinear and RowParallelLinear, which follow torch's autocast on every device.
+
+    Their product has a backward of its own, in which autocast is remembered on CUDA alone: without it, the gradient is
+    in bf16 and the weight is not.
+    """
+    from megatron.core import tensor_parallel
+
+    def product(layer: Any, plain: Any, x: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> Any:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            x, weight = x.to(dtype), weight.to(dtype)
+        return plain(layer, x, weight, *arguments, **options)
+
+    def following(base: Any) -> type:
+        return type(base.__name__, (base,), {"_forward_impl": partialmethod(product, base._forward_impl)})
+
+    return following(tensor_parallel.ColumnParallelLinear), following(tensor_parallel.RowParallelLinear)
 
 
 class MegatronVocabulary(VocabularyPart):
