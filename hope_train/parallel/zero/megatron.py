@@ -160,12 +160,12 @@ def linear_layers() -> tuple[type, type]:
     """
     from megatron.core import tensor_parallel
 
-    def product(layer: Any, plain: Any, x: Tensor, weight: Tensor, *arguments: Any, **options: Any) -> Any:
-        device = x.device.type
+    def product(layer: Any, plain: Any, **given: Any) -> Any:
+        device = given["input"].device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, weight = x.to(dtype), weight.to(dtype)
-        return plain(layer, x, weight, *arguments, **options)
+            given |= {name: given[name].to(dtype) for name in ("input", "weight")}
+        return plain(layer, **given)
 
     def following(base: Any) -> type:
         return type(base.__name__, (base,), {"_forward_impl": partialmethod(product, base._forward_impl)})
