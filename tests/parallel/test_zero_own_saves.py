@@ -61,7 +61,7 @@ def assert_comes_back(tiny: Tiny, universal: Path, checkpoint: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_deepspeed_reads_what_a_run_has_left(gang: Gang, tiny: Tiny, stage: int) -> None:
     own = train(gang, tiny, "run", stage)
     checkpoint = tiny.checkpoint("run", 3)
