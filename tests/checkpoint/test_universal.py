@@ -159,6 +159,48 @@ def test_what_another_run_has_made_of_it_is_said(
     assert json.loads((out / "trainer.json").read_text())["refused"] == 0
 
 
+def test_counters_that_a_run_left_in_deepspeed_s_save_hold_until_deepspeed_steps(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "universal"
+    to_universal(*find_checkpoint(checkpoint), folder)
+    shutil.rmtree(folder / "hope_train")
+    before = read_checkpoint(checkpoint)
+    names = [path.name for path in (folder / "zero").iterdir() if path.is_dir()]
+    file = folder / "mp_rank_00_model_states.pt"
+    content = torch.load(file)
+    counts = {"step": 7, "tokens": 896, "global_steps": content["global_steps"], "steps": 6, "skipped": 1}
+    periods = {name.partition("/")[0]: int(tensor) for name, tensor in before.items() if name.endswith("period")}
+    counts["sets"] = {name: {"period": period, "updates": 5, "tokens": 0} for name, period in periods.items()}
+    counts["adam_steps"] = dict.fromkeys(names, 4)
+
+    def read(out: str, **changed: Any) -> tuple[int, dict[str, Any]]:
+        torch.save({**content, "hope_train": counts, **changed}, file)
+        arguments = [str(folder), "--out", str(tmp_path / out), "--like", str(checkpoint), "--json"]
+        code = run(["checkpoint", "from-universal", *arguments])
+        said = capsys.readouterr()
+        return code, json.loads(said.out) if code == 0 else {"error": said.err}
+
+    capsys.readouterr()
+    code, made = read("counted")
+    assert (code, made["counted"], made["exact"], made["step"], made["tokens"]) == (0, True, False, 7, 896)
+    state, manifest = read_checkpoint(tmp_path / "counted"), verify(tmp_path / "counted")
+    assert (manifest.step, manifest.tokens) == (7, 896)
+    assert [int(state[f"core/optimizer.{key}"]) for key in ("steps", "skipped", "updates")] == [6, 1, 5]
+    assert int(state[f"level_1/optimizer.step.{NAME}"]) == 4
+    assert torch.equal(state[f"level_1/{NAME}"], before[f"level_1/{NAME}"])
+
+    code, made = read("stepped", global_steps=content["global_steps"] + 1)
+    assert (code, made["counted"], made["step"]) == (0, False, 3)
+    assert int(read_checkpoint(tmp_path / "stepped")[f"level_1/optimizer.step.{NAME}"]) == 1
+
+    counts["sets"]["level_1"]["period"] = 8
+    code, made = read("other")
+    assert code == 2
+    assert "of a run with other levels or periods" in made["error"]
+    assert made["error"].count("\n") == 1
+
+
 def test_other_rules_are_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny.train("muon", "optimizer.name=muon", "train.tokens=128") == 0
     capsys.readouterr()

@@ -169,10 +169,10 @@ def _own_counts(folder: Path, plan: LevelPlan) -> dict[str, Any] | None:
     None: nothing, or DeepSpeed has taken steps of its own. Raises UserError for a run with other levels or periods.
     """
     content: dict[str, Any] = {}
-    for file in (folder / name for name in MODEL_STATES):
-        if file.is_file():
-            with suppress(UserError):  # of other programs: anything may be in it
-                content = _load(file)
+    file = next((folder / name for name in MODEL_STATES if (folder / name).is_file()), None)
+    if file is not None:
+        with suppress(UserError):  # of other programs: anything may be in it
+            content = _load(file)
     counts = content.get(OURS)
     if not isinstance(counts, dict) or counts.get("global_steps") != content.get("global_steps", -1):
         return None
