@@ -202,6 +202,32 @@ def test_a_corpus_of_megatrons_trains_unchanged(
         assert positions == [max(int(firsts[n - 1]) - window * 16, 0) for n in numbers]
 
 
+def test_documents_of_several_sequences_are_read_as_if_they_had_one(
+    texts: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As --split-sentences writes them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
+
+    prefix = str(tmp_path / "sentences")
+    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=np.uint16)
+    for number, text in enumerate(texts):
+        ids = [*tokenizer.encode(text), tokenizer.eot_id]
+        cut = [len(ids)] if number % 3 == 0 else [len(ids) // 2, len(ids) - len(ids) // 2]
+        builder.add_document(np.asarray(ids, np.uint16), cut)
+    builder.finalize(get_idx_path(prefix))
+    options = {"validation_fraction": 0.1, "reset_at_documents": True}
+    found = open_indexed(tokenizer, {"indexed": prefix}, **options)
+    plain = open_indexed(tokenizer, {"indexed": write_foreign(tmp_path / "whole", tokenizer, texts)}, **options)
+    for part in ("train", "validation"):
+        for key in ("documents", "tokens"):
+            assert found.description[part][key] == plain.description[part][key]
+    for index in range(10):
+        mine, theirs = found.train.batch(index), plain.train.batch(index)
+        assert np.array_equal(mine.tokens, theirs.tokens)
+        assert mine.starts is not None
+        assert np.array_equal(mine.starts, theirs.starts)
+
+
 def test_several_sources_with_and_without_weights(texts: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
     names = [write_foreign(tmp_path / str(n), tokenizer, texts[n * 250 : (n + 1) * 250], n == 0) for n in range(2)]
     joined = open_indexed(tokenizer, *({"indexed": name} for name in names), reset_at_documents=True)
