@@ -45,6 +45,7 @@ def resolve_mesh(config: RunConfig, world: int, training: bool = True) -> MeshSi
     _check_pipeline(config, sizes.pp)
     if training:
         _check_engine(config, sizes)
+        check_supported(config, sizes)
         _check_batch(config, sizes)
         _check_micro_batches(config, sizes)
     return sizes
@@ -92,6 +93,32 @@ def _sizes(config: RunConfig, world: int) -> MeshSizes:
             "parallel.dp_replicate=auto"
         )
     return sizes
+
+
+def check_supported(config: RunConfig, sizes: MeshSizes) -> None:
+    """Raises UserError for what the engine `native` cannot train on this mesh."""
+    rules = config.optimizer
+    if rules.rest_from_period is not None and sizes.dp_shard > 1 and rules.name not in ("adamw", "sgd", "dgd"):
+        # Portions are cut by what a rank holds; where rows do not divide ranks would cut them at different places.
+        raise UserError(
+            f"optimizer.name={rules.name} needs all ranks for a matrix, and with parallel.dp_shard above 1 they wake "
+            "resting states at different times: set optimizer.rest_from_period=null"
+        )
+    if rules.name == "dgd" and config.train.compile == "model":
+        raise UserError(
+            "optimizer.name=dgd reads the inputs of linear layers, which train.compile=model compiles away: set "
+            "train.compile=memory or none"
+        )
+    if rules.name == "dgd" and sizes.pp > 1 and config.parallel.schedule == "zbv":
+        raise UserError(
+            "optimizer.name=dgd makes the gradients of a layer's inputs and weights together, which "
+            "parallel.schedule=zbv takes apart: set another schedule"
+        )
+    if config.train.compile == "model" and sizes.pp * sizes.tp * sizes.dp_shard > 1:
+        raise UserError(
+            "train.compile=model compiles across the exchanges of tensor parallelism and the gathers of sharding, and "
+            "is untested in pipelines: set train.compile=memory or none with parallel.tp, pp or dp_shard above 1"
+        )
 
 
 def _check_engine(config: RunConfig, sizes: MeshSizes) -> None:

@@ -66,7 +66,8 @@ class OptimizerConfig(Section):
     """AdamW's epsilon."""
 
     weight_decay: float = Field(0.1, ge=0.0)
-    """Decoupled weight decay of matrices; vectors, embeddings and memory states are not decayed."""
+    """Decoupled weight decay of matrices, the output head and convolution kernels. Norm gains, mixing weights, the
+    embedding and memory states are not decayed."""
 
     fused: bool = False
     """adamw: use torch's fused kernel."""

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from data_pipelines.batches import Batch, BatchSource
-from hope_train.config.mesh import micro_batches
+from hope_train.config.mesh import check_supported, micro_batches
 from hope_train.config.train import TrainConfig
 from hope_train.config.tree import RunConfig
-from hope_train.errors import UserError
 from hope_train.evaluate.scoring import Shares
 from hope_train.levels.build import build_optimizer
 from hope_train.levels.optimizer import LevelOptimizer
@@ -25,7 +24,7 @@ from hope_train.levels.schedule import LevelPlan, canonical_name, level_of, set_
 from hope_train.model.hope import HopeModel, build_model
 from hope_train.parallel import weights
 from hope_train.parallel.data import DataParallel
-from hope_train.parallel.inputs import check_rule, watch_layers
+from hope_train.parallel.inputs import watch_layers
 from hope_train.parallel.layouts import Layouts, layouts_of
 from hope_train.parallel.mesh import Mesh
 from hope_train.parallel.micro import split_rows
@@ -244,16 +243,6 @@ def shares_of(mesh: Mesh, model: HopeModel) -> Shares:
     return PipelineShares(shares, model, mesh.device) if isinstance(model, StageModel) else shares
 
 
-def check_supported(config: RunConfig, mesh: Mesh) -> None:
-    """Raises UserError for what this engine cannot train."""
-    check_rule(config, mesh.sizes)
-    if config.train.compile == "model" and mesh.sizes.pp * mesh.sizes.tp * mesh.sizes.dp_shard > 1:
-        raise UserError(
-            "train.compile=model compiles across the exchanges of tensor parallelism and the gathers of sharding, and "
-            "is untested in pipelines: set train.compile=memory or none with parallel.tp, pp or dp_shard above 1"
-        )
-
-
 def build_spread_model(
     config: RunConfig,
     mesh: Mesh,
@@ -322,7 +311,7 @@ def build_engine(config: RunConfig, mesh: Mesh, dtype: torch.dtype | None = None
     Raises:
         UserError: the engine cannot do what the configuration asks for.
     """
-    check_supported(config, mesh)
+    check_supported(config, mesh.sizes)
     spread = build_spread_model(config, mesh, dtype)
     tensor, held = spread.tensor, spread.held()
     if mesh.device_mesh is None:

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hope_train.config.mesh import MeshSizes
+from hope_train.config.mesh import MeshSizes, check_supported
 from hope_train.errors import UserError
-from hope_train.parallel.engine import check_supported
-from hope_train.parallel.mesh import Mesh
 from tests.parallel import cases, jobs
 from tests.parallel.cases import MODELS, make_config
 from tests.parallel.harness import Gang
@@ -231,4 +229,4 @@ def test_what_is_not_there_is_refused(sizes: MeshSizes, more: dict[str, Any], na
     config = make_config("hope")
     config = config.model_copy(update={"train": config.train.model_copy(update=more)})
     with pytest.raises(UserError, match=named):
-        check_supported(config, Mesh(sizes, torch.device("cpu")))
+        check_supported(config, sizes)
