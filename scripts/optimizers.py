@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "adamw": ((), (1 / 3, 1.0, 3.0)),
     "sgd": (("optimizer.name=sgd",), (30.0, 90.0, 270.0)),
     "muon": (("optimizer.name=muon",), (1 / 3, 1.0, 3.0)),
-    # Differs from delta_momentum in the momentum's objective alone.
+    # delta_momentum does not look ahead either: these two differ in the momentum's objective alone.
     "muon-no-nesterov": (("optimizer.name=muon", "optimizer.muon.nesterov=false"), (1 / 3, 1.0, 3.0)),
     "m3": (("optimizer.name=m3",), (1 / 3, 1.0, 3.0)),
     "delta_momentum": (("optimizer.name=delta_momentum",), (1 / 3, 1.0, 3.0)),

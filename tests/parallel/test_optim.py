@@ -38,6 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-fsdp2": (4, {"tp": 2, "dp_shard": 2}),
     "pp2": (2, {"pp": 2}),
     "pp2-tp2": (4, {"pp": 2, "tp": 2}),
+    "pp2-fsdp2": (4, {"pp": 2, "dp_shard": 2}),
 }
 
 
