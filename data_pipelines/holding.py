@@ -72,7 +72,14 @@ def _find(corpus: Corpus) -> Iterator[tuple[str, str]]:
             if tokens >= wanted or read >= max(farthest, _LEAST):
                 break
             records = reading_again(
-                *(shard, Place(), 0, 1, selector.columns, data.retries, data.retry_seconds, _log.warning)
+                shard,
+                Place(),
+                part=0,
+                parts=1,
+                columns=selector.columns,
+                retries=data.retries,
+                wait=data.retry_seconds,
+                tell=_log.warning,
             )
             for record in records:
                 read += len(record.text or "")

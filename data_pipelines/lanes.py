@@ -214,8 +214,14 @@ class GroupStream:
         selector = self._selectors[source]
         if self._reading is None or self._reading[0] != (epoch, number, place):
             records = reading_again(
-                *(unit.shard, place, unit.part, unit.parts, selector.columns),
-                *(data.retries, data.retry_seconds, self._tell),
+                unit.shard,
+                place,
+                unit.part,
+                unit.parts,
+                selector.columns,
+                retries=data.retries,
+                wait=data.retry_seconds,
+                tell=self._tell,
             )
         else:  # The block before ended here: the file is open.
             records = self._reading[1]

@@ -200,7 +200,14 @@ def _tally_streaming(config: RunConfig, bundle: DataBundle) -> dict[str, list[Ta
         tallies = {side: Tally(describe_source(source)) for side in found}
         for shard in (shard for shard in shards if shard.source == number):
             records = reading_again(
-                *(shard, Place(), 0, 1, selector.columns, data.retries, data.retry_seconds, _log.warning)
+                shard,
+                Place(),
+                part=0,
+                parts=1,
+                columns=selector.columns,
+                retries=data.retries,
+                wait=data.retry_seconds,
+                tell=_log.warning,
             )
             for record in records:
                 verdict = selector.judge(record)

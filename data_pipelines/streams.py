@@ -148,9 +148,8 @@ class StreamSource(BatchSource):
         known = self._known.setdefault(lane, [])
         if all(place["first"] != chunk.first for place in known):
             known.append(chunk.snapshot)
-            if (
-                len(known) > _KNOWN
-            ):  # The newest, of the older ones every other, and where this batch began: it may fail.
+            if len(known) > _KNOWN:
+                # The newest, of the older ones every other, and where this batch began: it may fail.
                 known.sort(key=lambda place: int(place["first"]))
                 began = [place for place in known if place["first"] <= self._asked.get(lane, 0)][-1:]
                 del known[1 : -_KNOWN // 2 : 2]

@@ -302,8 +302,14 @@ def _write_shard(number: int) -> dict[str, Any]:
 
     try:
         for record in reading_again(
-            *(shard, Place(), job["part"], job["parts"], selector.columns),
-            *(_Job.data.retries, _Job.data.retry_seconds, tell),
+            shard,
+            Place(),
+            job["part"],
+            job["parts"],
+            selector.columns,
+            retries=_Job.data.retries,
+            wait=_Job.data.retry_seconds,
+            tell=tell,
         ):
             verdict = selector.judge(record)
             counts[verdict] += 1

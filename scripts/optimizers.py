@@ -169,8 +169,7 @@ class Study:
         return factors[losses.index(min(losses))]
 
     def _loss(self, variant: str, factor: float, seed: int) -> float:
-        loss = self.result(variant, factor, seed, 0.0)["loss"]
-        return math.inf if loss is None else loss
+        return _infinite(self.result(variant, factor, seed, 0.0)["loss"])
 
     def run(self, variants: Sequence[str], seeds: Sequence[int], factors: Mapping[str, float] | None = None) -> None:
         """All of them; the comparison without noise first. factors: the best ones, where they are known."""

@@ -10,7 +10,6 @@ from hope_train.checkpoint.manifest import step_name
 from hope_train.checkpoint.own_saves import OwnSaves
 from hope_train.checkpoint.spread import run_state
 from hope_train.checkpoint.writer import Facts, SaveError, one_line
-from hope_train.parallel.zero.engine import ZeroEngine
 from hope_train.train import randomness
 from hope_train.train.heartbeat import phase
 from hope_train.train.metrics import JsonLines, Row
@@ -60,6 +59,8 @@ def save_own(run: Session, own: OwnSaves) -> None:
 
     A failure is a warning: the checkpoint is there. Raises FencedError.
     """
+    from hope_train.parallel.zero.engine import ZeroEngine
+
     assert isinstance(run.engine, ZeroEngine)
     engine, step, tokens = run.engine, run.progress.step, run.progress.tokens
     work = own.work(step)
