@@ -348,13 +348,15 @@ SCENARIOS: dict[str, Callable[[Bench, int, Measured], Run]] = {
 }
 
 
-def run_scenario(bench: Bench, name: str, seed: int) -> Measured:
-    """One repetition. Raises Failed."""
+def run_scenario(bench: Bench, name: str, seed: int, starts: int | None = None) -> Measured:
+    """One repetition. Raises Failed, also where the run did not take `starts` starts (None: any number)."""
     measured = Measured(name, seed)
     try:
         run = SCENARIOS[name](bench, seed, measured)
         run.complete()
         measured.starts = len(run.events("started"))
+        if starts not in (None, measured.starts):
+            raise Failed(f"{measured.starts} starts, not {starts}\n{run.everything()}")
         tokens = LONG if name in ("time limit", "late save", "lost node") else ()
         measured.same = same_checkpoint(run.run_dir, bench.reference(seed, *tokens))
     finally:
