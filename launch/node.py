@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -23,7 +24,10 @@ def main() -> None:
 
 
 def torchrun(spec: dict[str, Any], start: Path, node: int) -> list[str]:
-    """The command line of a node's torchrun. Rank 0 is on node 0, whose address Slurm told: nothing is looked up."""
+    """The command line of a node's torchrun. Rank 0 is on node 0, whose address Slurm told: nothing is looked up.
+
+    Should another job's torchrun have the port, then this one's nodes write under a name of their own there.
+    """
     return [
         sys.executable,
         "-m",
@@ -33,6 +37,7 @@ def torchrun(spec: dict[str, Any], start: Path, node: int) -> list[str]:
         f"--node-rank={node}",
         f"--master-addr={spec['address']}",
         f"--master-port={spec['port']}",
+        f"--rdzv-id={hashlib.sha256(str(start).encode()).hexdigest()[:16]}",
         "--max-restarts=0",
         f"--shutdown-timeout={spec['shutdown_s']}",
         "-m",

@@ -3,10 +3,9 @@
     python -m scripts.bench_parallel
     python -m scripts.bench_parallel --only communication --steps 20
 
-* `overhead`: a step with everything that a mesh brings (process group, device mesh, divided vocabulary, exchanges in
-  the model, reductions by level, norms and decisions over the ranks) on a mesh of ONE rank, against the plain engine
-  of one process. Both in one process, step by step in turn; CPU time of the process, median of the ratios of
-  neighbours.
+* `overhead`: a step on ONE rank against the plain engine of one process, for each row of `OVERHEADS`: as a launcher of
+  one rank starts it, and with what several ranks need made to work among the one (process group, device mesh, divided
+  vocabulary, exchanges in the model, reductions by level, norms and decisions over the ranks).
 * `communication`: the share of a step's time that rank 0 spends in exchanges, and waiting for the other ranks in them,
   for each layout in `LAYOUTS`. Processes on one machine: what a network would add is not in it.
 * `engine`: a step's time and peak memory under this project's engine and under DeepSpeed, on the same ranks.
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_engines import ENGINES, engine_row
+from scripts.bench_overhead import OVERHEADS, overhead
 
 Row = dict[str, Any]
 
@@ -100,66 +100,6 @@ class Source:
         import numpy as np
 
         return np.arange(first, first + count)
-
-
-# Overhead
-
-
-def mesh_of_one() -> Any:
-    """One rank with everything that several have: groups, a device mesh, and questions to all of the one rank."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from hope_train.config.mesh import MeshSizes
-    from hope_train.parallel.mesh import DIMENSIONS, Mesh
-    from hope_train.parallel.team import Team
-
-    class MeshOfOne(Mesh):
-        def group(self, dimension: str) -> Any:
-            # Sharding and pipelines of one rank are other engines than the plain one: they are left out.
-            return self.device_mesh.get_group(dimension) if dimension in ("dp_replicate", "tp") else None
-
-    device_mesh = init_device_mesh("cpu", (1, 1, 1, 1), mesh_dim_names=DIMENSIONS)
-    return MeshOfOne(MeshSizes(), torch.device("cpu"), device_mesh, Team(0, 1, dist.group.WORLD))
-
-
-def overhead(steps: int) -> Row:
-    """The row of this name."""
-    import torch
-
-    from hope_train.config.mesh import MeshSizes
-    from hope_train.parallel.engine import build_engine
-    from hope_train.parallel.mesh import Mesh
-    from hope_train.train.step import optimizer_step
-
-    config, source = run_config({}), Source()
-    plain = build_engine(config, Mesh(MeshSizes(), torch.device("cpu")))
-    with process_group(0, 1):
-        engaged = build_engine(config, mesh_of_one())
-        assert engaged.spread.tensor is not None
-        assert engaged.data is not None
-        seconds: dict[str, list[float]] = {"plain": [], "engaged": []}
-        losses: dict[str, list[float]] = {"plain": [], "engaged": []}
-        for index in range(steps + 2):
-            sides = [("plain", plain), ("engaged", engaged)]
-            for name, engine in sides if index % 2 else sides[::-1]:
-                start = time.process_time()
-                loss, _, _ = optimizer_step(engine, source, config.train, index, measure=False)  # type: ignore[arg-type]
-                if index >= 2:  # the first ones allocate
-                    seconds[name].append(time.process_time() - start)
-                losses[name].append(loss)
-    difference = max(abs(a - b) / b for a, b in zip(losses["engaged"], losses["plain"], strict=True))
-    assert difference < 1e-5, f"the two sides do not train alike: {difference}"
-    ratios = [b / a for a, b in zip(seconds["plain"], seconds["engaged"], strict=True)]
-    return {
-        "row": "overhead",
-        "steps": steps,
-        "plain_s": statistics.median(seconds["plain"]),
-        "engaged_s": statistics.median(seconds["engaged"]),
-        "share": statistics.median(ratios) - 1,
-        "share_of_sums": sum(seconds["engaged"]) / sum(seconds["plain"]) - 1,
-    }
 
 
 # Communication
@@ -398,7 +338,8 @@ def run_case(case: Row) -> Row:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if case["row"] == "overhead":
-        return overhead(case["steps"])
+        with process_group(0, 1):
+            return overhead(case["kind"], run_config({}), Source(), case["steps"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with process_group(rank, ranks, case["store"]):
         if case["row"] == "communication":
@@ -412,7 +353,7 @@ def bars(rows: list[Row]) -> list[Row]:
     """What the rows come to, beside what is wanted."""
     return [
         {
-            "bar": row["row"],
+            "bar": " ".join(str(row[key]) for key in ("row", "kind") if key in row),
             "value": round(row["share"], 4),
             "wanted": f"<= {BARS[row['row']]}",
             "met": row["share"] <= BARS[row["row"]],
@@ -444,7 +385,9 @@ def main(arguments: list[str]) -> int:
                 json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in rows[-1].items()}), flush=True
             )
 
-    show("overhead", lambda: spread(1, {"row": "overhead", "steps": chosen.steps}))
+    for kind in OVERHEADS:
+        case = {"row": "overhead", "kind": kind, "steps": chosen.steps}
+        show(f"overhead {kind}", lambda case=case: spread(1, case))  # type: ignore[misc]
     for layout, (ranks, _) in LAYOUTS.items():
         case = {"row": "communication", "layout": layout, "steps": chosen.steps}
         show(f"communication {layout}", lambda case=case, ranks=ranks: spread(ranks, case))  # type: ignore[misc]

@@ -44,7 +44,7 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int = 4, port: int | None = None) -> None:
         """Start it in `folder`, which must lie where /tmp-like paths are short. Raises CalledProcessError."""
         self.folder = folder
-        base = port or 17000 + os.getpid() % 900 * 16
+        base = port or 10000 + os.getpid() % 600 * 16  # below the ports at which jobs meet
         self._script("start", str(nodes), BASE_PORT=str(base))
         os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
         self.slurm = Slurm(30.0)

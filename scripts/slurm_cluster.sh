@@ -25,7 +25,7 @@ write_configuration() {
     if [ "$nodes" -eq 1 ]; then names=n1 ports=$((base + 11)); fi
     # cred_expire bounds how long a requeued job waits to be eligible again (121 s by default).
     cat >"$SLURM_CONF" <<CONF
-ClusterName=local
+ClusterName=hope$base
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$((base + 1))
 SlurmdPort=$((base + 10))

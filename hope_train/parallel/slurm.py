@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import zlib
 from collections.abc import Mapping, MutableMapping
 
 from hope_train.errors import UserError
@@ -37,10 +38,14 @@ def adopt_step(environ: MutableMapping[str, str]) -> None:
 
 
 def rendezvous_port(environ: Mapping[str, str], attempt: int = 0) -> int:
-    """A port that all tasks of a step agree on, another one for every start of the job."""
+    """A port that all tasks of a step agree on, another one for every start of the job.
+
+    Jobs of two clusters that share a machine may have the same number: the cluster's name is part of it too.
+    """
     job, restart = int(environ.get("SLURM_JOB_ID", "0")), int(environ.get("SLURM_RESTART_COUNT", "0"))
     step = environ.get("SLURM_STEP_ID", "0")
     number = job * 7919 + restart * 101 + attempt * 13 + (int(step) if step.isdigit() else 0)
+    number += zlib.crc32(environ.get("SLURM_CLUSTER_NAME", "").encode())
     return PORTS[0] + number % (PORTS[1] - PORTS[0])
 
 

@@ -81,6 +81,12 @@ def test_all_tasks_agree_on_a_port_and_restarts_do_not_share_it() -> None:
     assert all(slurm.PORTS[0] <= port < slurm.PORTS[1] for port in ports)
 
 
+def test_equal_jobs_of_two_clusters_on_one_machine_do_not_meet() -> None:
+    one, other = ({"SLURM_JOB_ID": "2", "SLURM_CLUSTER_NAME": name} for name in ("east", "west"))
+    assert rendezvous_port(one) != rendezvous_port(other)
+    assert slurm.PORTS[0] <= rendezvous_port(one) < slurm.PORTS[1]
+
+
 @pytest.mark.parametrize(
     ("text", "counts"), [("1(x2)", [1, 1]), ("2(x2),1", [2, 2, 1]), ("8", [8]), ("4,2(x3)", [4, 2, 2, 2])]
 )

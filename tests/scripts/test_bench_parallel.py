@@ -9,7 +9,8 @@ import pytest
 
 from scripts import bench_parallel
 from scripts.bench_engines import ENGINES
-from scripts.bench_parallel import LAYOUTS, bars, mesh_of_one, overhead, process_group, spread
+from scripts.bench_overhead import OVERHEADS, launched_mesh, mesh_of_one, overhead
+from scripts.bench_parallel import LAYOUTS, Source, bars, process_group, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -34,7 +35,7 @@ def test_everything_is_engaged_on_a_mesh_of_one(small: None) -> None:
     from hope_train.parallel.ranks import MeshRanks
 
     with process_group(0, 1):
-        engine = build_engine(bench_parallel.run_config({}), mesh_of_one())
+        engine = build_engine(bench_parallel.run_config({}), mesh_of_one(OVERHEADS["both"]))
     assert engine.spread.tensor is not None
     assert engine.spread.tensor.ranks == 1
     assert engine.data is not None
@@ -42,8 +43,21 @@ def test_everything_is_engaged_on_a_mesh_of_one(small: None) -> None:
     assert isinstance(engine.optimizer.ranks, MeshRanks)
 
 
-def test_both_sides_train_alike(small: None) -> None:
-    row = overhead(2)  # raises if their losses differ
+def test_a_rank_that_is_launched_alone_gets_the_plain_engine(small: None) -> None:
+    from hope_train.parallel.engine import build_engine
+    from hope_train.parallel.ranks import MeshRanks
+
+    with process_group(0, 1):
+        engine = build_engine(bench_parallel.run_config({}), launched_mesh(bench_parallel.run_config({})))
+    assert engine.mesh.device_mesh is None
+    assert engine.data is None
+    assert not isinstance(engine.optimizer.ranks, MeshRanks)
+
+
+@pytest.mark.parametrize("kind", OVERHEADS)
+def test_both_sides_train_alike(small: None, kind: str) -> None:
+    with process_group(0, 1):
+        row = overhead(kind, bench_parallel.run_config({}), Source(), 2)  # raises if their losses differ
     assert row["plain_s"] > 0
     assert row["engaged_s"] > 0
     assert row["share"] > -1
@@ -67,11 +81,11 @@ def test_an_engine_s_row() -> None:
 
 def test_bars() -> None:
     rows = [
-        {"row": "overhead", "share": 0.031},
+        {"row": "overhead", "kind": "both", "share": 0.031},
         {"row": "communication", "share": 0.5},
         {"row": "background save", "error": "x"},
     ]
-    assert bars(rows) == [{"bar": "overhead", "value": 0.031, "wanted": "<= 0.03", "met": False}]
+    assert bars(rows) == [{"bar": "overhead both", "value": 0.031, "wanted": "<= 0.03", "met": False}]
 
 
 def test_layouts_are_configurations() -> None:
