@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 from scripts.bench import reset_peak, status_mib
 
 Row = dict[str, Any]
+
+NOTHING_KEPT = str(Path(__file__).with_name("nothing_kept.json"))
+"""DeepSpeed's stage 3 does not shard what is small: by default no parameter of this model. With this file it gathers all
+of them around their use, as FSDP2 does."""
 
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "native, dp 2": (2, {}),
@@ -16,6 +21,10 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed stage 1, dp 2": (2, {"engine": "deepspeed", "deepspeed": {"stage": 1}}),
     "deepspeed stage 2, dp 2": (2, {"engine": "deepspeed", "deepspeed": {"stage": 2}}),
     "deepspeed stage 3, dp 2": (2, {"engine": "deepspeed", "deepspeed": {"stage": 3}}),
+    "deepspeed stage 3, nothing kept, dp 2": (
+        2,
+        {"engine": "deepspeed", "deepspeed": {"stage": 3, "config": NOTHING_KEPT}},
+    ),
     "native, tp 2": (2, {"tp": 2, "sequence_parallel": False}),
     "deepspeed stage 1, tp 2": (2, {"engine": "deepspeed", "deepspeed": {"stage": 1}, "tp": 2}),
 }

@@ -51,10 +51,12 @@ def launched_mesh(config: Any) -> Any:
         return open_mesh(config, torch.device("cpu"))
 
 
-def overhead(kind: str, config: Any, source: Any, steps: int) -> Row:
-    """The row of this kind; a process group of one rank is there.
+def overhead(kind: str, config: Any, source: Any, steps: int, plain_first: bool) -> Row:
+    """One process's figures for the row of this kind; a process group of one rank is there.
 
     Both sides in one process, step by step in turn; CPU time of the process, median of the ratios of neighbours.
+
+    plain_first: which side's memory is allocated first.
     """
     import torch
 
@@ -64,11 +66,15 @@ def overhead(kind: str, config: Any, source: Any, steps: int) -> Row:
     from hope_train.train.step import optimizer_step
 
     dimensions = OVERHEADS[kind]
-    plain = build_engine(config, Mesh(MeshSizes(), torch.device("cpu")))
-    engaged = build_engine(config, launched_mesh(config) if dimensions is None else mesh_of_one(dimensions))
-    assert (engaged.spread.tensor is not None) == ("tp" in (dimensions or ()))
-    assert (engaged.data is not None) == ("dp_replicate" in (dimensions or ()))
-    sides = {"plain": plain, "engaged": engaged}
+    builders = {
+        "plain": lambda: build_engine(config, Mesh(MeshSizes(), torch.device("cpu"))),
+        "engaged": lambda: build_engine(
+            config, launched_mesh(config) if dimensions is None else mesh_of_one(dimensions)
+        ),
+    }
+    sides = {name: builders[name]() for name in (builders if plain_first else reversed(builders))}
+    assert (sides["engaged"].spread.tensor is not None) == ("tp" in (dimensions or ()))
+    assert (sides["engaged"].data is not None) == ("dp_replicate" in (dimensions or ()))
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(steps + 2):
@@ -88,5 +94,13 @@ def overhead(kind: str, config: Any, source: Any, steps: int) -> Row:
         "plain_s": statistics.median(seconds["plain"]),
         "engaged_s": statistics.median(seconds["engaged"]),
         "share": statistics.median(ratios) - 1,
-        "share_of_sums": sum(seconds["engaged"]) / sum(seconds["plain"]) - 1,
     }
+
+
+def joined(rows: list[Row]) -> Row:
+    """One row of those of several processes: their mean, since where a process's memory lies is luck, and the shares of
+    all, which say how much of it there was."""
+    if failed := [row for row in rows if "error" in row]:
+        return failed[0]
+    means = {key: statistics.mean(row[key] for row in rows) for key in ("plain_s", "engaged_s", "share")}
+    return {**rows[0], **means, "shares": [round(row["share"], 4) for row in rows]}

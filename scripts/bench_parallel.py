@@ -5,7 +5,8 @@
 
 * `overhead`: a step on ONE rank against the plain engine of one process, for each row of `OVERHEADS`: as a launcher of
   one rank starts it, and with what several ranks need made to work among the one (process group, device mesh, divided
-  vocabulary, exchanges in the model, reductions by level, norms and decisions over the ranks).
+  vocabulary, exchanges in the model, reductions by level, norms and decisions over the ranks). `as launched` is twice
+  the same, and so says how exact the others are.
 * `communication`: the share of a step's time that rank 0 spends in exchanges, and waiting for the other ranks in them,
   for each layout in `LAYOUTS`. Processes on one machine: what a network would add is not in it.
 * `engine`: a step's time and peak memory under this project's engine and under DeepSpeed, on the same ranks.
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_engines import ENGINES, engine_row
-from scripts.bench_overhead import OVERHEADS, overhead
+from scripts.bench_overhead import OVERHEADS, joined, overhead
 
 Row = dict[str, Any]
 
@@ -49,6 +50,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 BARS = {"overhead": 0.03, "background save": 0.05}
 """The largest share that is wanted."""
+
+OVERHEAD_PROCESSES = 4
+"""Among which the steps of a row `overhead` are divided; in every second one the plain engine's memory comes second."""
 
 TIMEOUT = 480.0
 """Seconds after which a process shows its stacks and ends."""
@@ -330,6 +334,11 @@ def spread(ranks: int, case: Row) -> Row:
     return row
 
 
+def overhead_row(case: Row) -> Row:
+    """The row `overhead` of one kind, from its processes, one after the other."""
+    return joined([spread(1, case | {"plain_first": number % 2 == 0}) for number in range(OVERHEAD_PROCESSES)])
+
+
 def run_case(case: Row) -> Row:
     """A case in one of its processes."""
     import torch
@@ -339,7 +348,7 @@ def run_case(case: Row) -> Row:
     torch.manual_seed(0)
     if case["row"] == "overhead":
         with process_group(0, 1):
-            return overhead(case["kind"], run_config({}), Source(), case["steps"])
+            return overhead(case["kind"], run_config({}), Source(), case["steps"], case["plain_first"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with process_group(rank, ranks, case["store"]):
         if case["row"] == "communication":
@@ -386,8 +395,8 @@ def main(arguments: list[str]) -> int:
             )
 
     for kind in OVERHEADS:
-        case = {"row": "overhead", "kind": kind, "steps": chosen.steps}
-        show(f"overhead {kind}", lambda case=case: spread(1, case))  # type: ignore[misc]
+        case = {"row": "overhead", "kind": kind, "steps": max(chosen.steps // OVERHEAD_PROCESSES, 1)}
+        show(f"overhead {kind}", lambda case=case: overhead_row(case))  # type: ignore[misc]
     for layout, (ranks, _) in LAYOUTS.items():
         case = {"row": "communication", "layout": layout, "steps": chosen.steps}
         show(f"communication {layout}", lambda case=case, ranks=ranks: spread(ranks, case))  # type: ignore[misc]

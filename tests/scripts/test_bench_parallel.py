@@ -9,7 +9,7 @@ import pytest
 
 from scripts import bench_parallel
 from scripts.bench_engines import ENGINES
-from scripts.bench_overhead import OVERHEADS, launched_mesh, mesh_of_one, overhead
+from scripts.bench_overhead import OVERHEADS, joined, launched_mesh, mesh_of_one, overhead
 from scripts.bench_parallel import LAYOUTS, Source, bars, process_group, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -57,10 +57,20 @@ def test_a_rank_that_is_launched_alone_gets_the_plain_engine(small: None) -> Non
 @pytest.mark.parametrize("kind", OVERHEADS)
 def test_both_sides_train_alike(small: None, kind: str) -> None:
     with process_group(0, 1):
-        row = overhead(kind, bench_parallel.run_config({}), Source(), 2)  # raises if their losses differ
+        row = overhead(
+            kind, bench_parallel.run_config({}), Source(), 2, kind != "both"
+        )  # raises if their losses differ
     assert row["plain_s"] > 0
     assert row["engaged_s"] > 0
     assert row["share"] > -1
+
+
+def test_rows_of_several_processes() -> None:
+    rows = [{"row": "overhead", "plain_s": 1.0, "engaged_s": 1 + share, "share": share} for share in (0.01, 0.04)]
+    row = joined(rows)
+    assert row["share"] == pytest.approx(0.025)
+    assert row["shares"] == [0.01, 0.04]
+    assert joined([*rows, {"row": "overhead", "error": "x"}]) == {"row": "overhead", "error": "x"}
 
 
 def test_a_sharded_checkpoint_against_copies(tmp_path: Path) -> None:
