@@ -12,8 +12,8 @@ from scripts.bench import reset_peak, status_mib
 Row = dict[str, Any]
 
 NOTHING_KEPT = str(Path(__file__).with_name("nothing_kept.json"))
-"""DeepSpeed's stage 3 does not shard what is small: by default no parameter of this model. With this file it gathers all
-of them around their use, as FSDP2 does."""
+"""DeepSpeed's stage 3 keeps what is small: by default it gathers nothing of this model in a step. With this file it
+gathers every parameter around its use, as FSDP2 does."""
 
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "native, dp 2": (2, {}),
