@@ -13,7 +13,7 @@ from hope_train.config.tree import RunConfig
 from hope_train.errors import UserError
 from launch.client import Node, Partition, Slurm
 from launch.layout import Layout, elastic_layout, fixed_layout
-from launch.parse import duration, show_duration
+from launch.parse import counted, duration, show_duration
 from launch.site import Site
 
 SHARED_TYPES = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse", "wekafs", "panfs", "orangefs", "pvfs", "afs", "cifs")
@@ -45,8 +45,8 @@ def find_target(slurm: Slurm, site: Site) -> Target:
     most = min(len(nodes), partition.max_nodes or len(nodes))
     if high > most:
         raise UserError(
-            f"partition {partition.name} has {most} nodes, --nodes asks for {site.nodes}: ask for {most} at most, or "
-            "name another --partition"
+            f"partition {partition.name} has {counted(most, 'node')}, --nodes asks for {site.nodes}: ask for {most} at "
+            "most, or name another --partition"
         )
     there = max((node.gpus for node in nodes), default=0)
     gpus = there if site.gpus_per_node is None else site.gpus_per_node
@@ -89,7 +89,7 @@ def check_layout(config: RunConfig, nodes: int, ranks_per_node: int, elastic: bo
             return elastic_layout(config, nodes, ranks_per_node)
         return fixed_layout(config, nodes, ranks_per_node)
     except UserError as error:
-        where = f"{nodes} nodes of {ranks_per_node} ranks" if nodes > 1 else f"one node of {ranks_per_node} ranks"
+        where = f"{counted(nodes, 'node')} of {counted(ranks_per_node, 'rank')}"
         raise UserError(f"the mesh does not fit {where}: {error}") from None
 
 

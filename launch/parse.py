@@ -232,6 +232,11 @@ def duration(text: str) -> int | None:
     return numbers[0] * 60 + (numbers[1] if len(numbers) == 2 else 0)
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 node`, `2 nodes`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def show_duration(seconds: float) -> str:
     """As Slurm writes it: `1-02:03:04`."""
     days, rest = divmod(int(seconds), 86400)

@@ -53,6 +53,15 @@ class Places:
         numbers = [int(path.name) for path in there.glob("*") if path.name.isdigit()] if there.is_dir() else []
         return max(numbers, default=0) + 1
 
+    def stopped(self) -> dict[str, Any]:
+        """What the run wrote when it stopped last; empty if it never did."""
+        return read_json(self.run_dir / "STOPPED.json")
+
+    def is_complete(self, total_steps: int) -> bool:
+        """Whether the run has been trained and evaluated to this step, its last."""
+        stopped = self.stopped()
+        return stopped.get("reason") == "completed" and stopped.get("step", 0) >= total_steps
+
     def note(self, event: str, **facts: Any) -> None:
         """Append to the log of events. A disk that is full loses the line, and nothing else."""
         row = {"time": time.time(), "event": event, **facts}

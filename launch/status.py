@@ -13,7 +13,7 @@ from hope_train.config.load import load_config
 from hope_train.errors import UserError
 from launch.client import Slurm, SlurmError
 from launch.parse import Job, show_duration
-from launch.places import Places, find_run, read_json, read_lines, submitted_jobs, tasks_of
+from launch.places import Places, find_run, read_lines, submitted_jobs, tasks_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +49,7 @@ def status_of(places: Places, slurm: Slurm) -> dict[str, Any]:
     trained = last.get("tokens")
     left = (total_tokens - trained) / speed if speed and total_tokens and trained is not None else None
     running = job is not None and job.state == "RUNNING"
-    stopped = read_json(run_dir / "STOPPED.json")
+    stopped = Places(run_dir).stopped()
     ends = [event for event in events if event["event"] == "ended"]
     return {
         "run": run_dir.name,

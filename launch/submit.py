@@ -77,6 +77,8 @@ def submit(wishes: Wishes, site: Site, slurm: Slurm) -> int:
     for task in chosen:
         with naming(task) if many else nullcontext():
             verdict, warnings = check_run(configs[task], site, slurm, target)
+    if not many:
+        refuse_if_complete(base)
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
 
@@ -143,6 +145,15 @@ def check_run(config: RunConfig, site: Site, slurm: Slurm, target: Target | None
         verdict, warnings = check_plan(config, site, layout)
     refuse_if_active(slurm, Places(absolute(config)), asked=target is not None)
     return verdict, warnings
+
+
+def refuse_if_complete(config: RunConfig) -> None:
+    """A job for a run that is at its end would do nothing (nor does such a task of a sweep). Raises UserError."""
+    places, steps = Places(absolute(config)), config.train.total_steps
+    if places.is_complete(steps):
+        raise UserError(
+            f"{places.run_dir} is complete, step {steps} of {steps}: choose another name= or dir= for a new run"
+        )
 
 
 def absolute(config: RunConfig) -> Path:

@@ -24,6 +24,7 @@ from hope_train.errors import UserError
 from launch.decide import Decision, Evidence, Failure, cancel_asked, decide, failures_before
 from launch.health import sick_nodes, together_problem
 from launch.layout import Layout, elastic_layout, fixed_layout
+from launch.parse import counted
 from launch.places import BY_SUPERVISOR, STOP, Event, forget_stop, read_json, say, write_json
 from launch.request import Request, read_request
 from launch.watch import Watch
@@ -41,7 +42,6 @@ RECORDED = ("SLURM_", "NCCL_", "GLOO_", "CUDA_", "OMP_", "MKL_", "TORCH_", "PYTO
 LAST_SECONDS = 4.0
 """That a run has to save after its time limit, before it is ended and requeued from an older checkpoint."""
 
-STOPPED = "STOPPED.json"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -140,8 +140,7 @@ class Supervisor:
     # Before the ranks
 
     def _finished(self) -> bool:
-        stopped = read_json(self.places.run_dir / STOPPED)
-        return stopped.get("reason") == "completed" and stopped.get("step", 0) >= self.request.load().train.total_steps
+        return self.places.is_complete(self.request.load().train.total_steps)
 
     def _check_health(self, nodes: list[str]) -> dict[str, str] | None:
         """Nodes that must not be used, and why; None where all may be."""
@@ -197,7 +196,7 @@ class Supervisor:
         self.places.note(
             "ranks", start=backend.start, ranks=layout.ranks, mesh=str(layout.sizes), nodes=used, idle=idle
         )
-        say(f"start {backend.start}: {layout.ranks} ranks on {', '.join(used)}, {layout.sizes}")
+        say(f"start {backend.start}: {counted(layout.ranks, 'rank')} on {', '.join(used)}, {layout.sizes}")
         if idle:
             say(f"idle: {', '.join(idle)}, which the batch cannot be divided among")
         folder = str(self.folder)
@@ -279,7 +278,7 @@ class Supervisor:
     # After the ranks
 
     def _evidence(self, hung: str | None = None, exit_code: int = 0, unhealthy: tuple[str, ...] = ()) -> Evidence:
-        stopped = read_json(self.places.run_dir / STOPPED)
+        stopped = self.places.stopped()
         fresh = stopped.get("time", 0.0) >= self.begun
         state, preempted = self.backend.state()
         first = read_json(self.folder / "ranks" / "0.json")

@@ -16,7 +16,7 @@ import pytest
 from hope_train import cli
 from launch.places import Places
 from launch.request import read_request
-from scripts.slurm_bench import Bench
+from scripts.slurm_bench import STEPS, Bench
 
 
 @dataclass
@@ -82,7 +82,7 @@ def blocker(bench: Bench, name: str) -> str:
 MISTAKES = {
     "no such partition": (["--partition", "trian"], "did you mean train?"),
     "more nodes than there are": (["--nodes", "9"], "has 4 nodes"),
-    "more nodes than the partition has": (["--partition", "short", "--nodes", "2"], "partition short has 1 nodes"),
+    "more nodes than the partition has": (["--partition", "short", "--nodes", "2"], "partition short has 1 node,"),
     "more GPUs than a node has": (["--gpus-per-node", "16"], "have 8 GPUs"),
     "a mesh that does not fit": (["--ranks-per-node", "3"], "the mesh does not fit 2 nodes of 3 ranks"),
     "a batch that does not fit": (["--nodes", "4", "--ranks-per-node", "4"], "cannot share"),
@@ -119,6 +119,24 @@ def test_a_mistake_is_one_line_and_nothing_is_queued(bench: Bench, hope: Hope, m
     assert said in done.stderr
     assert queued(bench) == before
     assert not list((bench.folder / "runs" / "bad").glob("launch/submissions/*"))
+
+
+def test_a_run_that_is_complete_is_not_submitted_again(bench: Bench, hope: Hope) -> None:
+    before = queued(bench)
+    run_dir = bench.folder / "runs" / "done"
+    run_dir.mkdir(parents=True)
+    (bench.folder / "done.yaml").write_text(json.dumps(bench.site))
+    command = ("submit", "run.yaml", "name=done", "--site", "done.yaml", "--test-only")
+    (run_dir / "STOPPED.json").write_text(json.dumps({"reason": "completed", "step": STEPS - 1}))
+    hope(*command)  # trained to an end that is no longer its last step
+    (run_dir / "STOPPED.json").write_text(json.dumps({"reason": "completed", "step": STEPS}))
+    done = hope(*command, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {run_dir.resolve()} is complete, step {STEPS} of {STEPS}: choose another name= or dir= for a new run\n"
+    )
+    hope(*command, "--grid", "seed=1,2")  # tasks of a sweep have directories of their own
+    assert queued(bench) == before
 
 
 @pytest.mark.parametrize("hangs", [False, True])
