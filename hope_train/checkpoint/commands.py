@@ -180,7 +180,8 @@ def prune_command(
     """Remove from a run directory what no checkpoint that is kept names.
 
     Args:
-        keep_last: how many of the newest checkpoints to keep; None: all of them.
+        keep_last: how many of the newest checkpoints to keep, not counting those of which a file is missing or has
+            another size; None: all of them.
         keep_every: also keep each whose step is a multiple of it; None: as the newest one's configuration says.
         superseded: remove those that were set aside too.
         dry_run: say what would go, and leave it.
@@ -193,7 +194,7 @@ def prune_command(
     try:
         with unowned(checkpoints.parent, force):
             every = keep_every if keep_every is not None else _configured_keep_every(checkpoints)
-            found = removals(checkpoints, keep_last, every, superseded)
+            found = removals(checkpoints, keep_last, every, superseded, check_sizes=True)
             unfinished = {folder: size_of(folder) for folder in list_unfinished(checkpoints)}
             rows: list[Entry] = [
                 {"name": item.folder.name, "keeps": list(item.keep), "bytes": item.bytes} for item in found
@@ -349,7 +350,8 @@ def checkpoints_of(run: str) -> Path:
     if not place.is_dir():
         raise UserError(f"{run} is no run directory: no such folder")
     if place.resolve().name == CHECKPOINTS:
-        return place
+        # Of `.` or a link the parent is not the run directory, with its lock and the name of its owner.
+        return place if place.name == CHECKPOINTS else place.resolve()
     if not (place / CHECKPOINTS).is_dir():
         one = (place / MANIFEST).is_file() or (place / TRIMMED).is_file()
         hint = f": that is one checkpoint; name the run directory ({place.resolve().parent.parent})" if one else ""

@@ -152,7 +152,7 @@ def list_unfinished(checkpoints: Path) -> list[Path]:
     """Temporary folders of saves that have not been published (or of checkpoints being deleted)."""
     if not checkpoints.is_dir():
         return []
-    return sorted(path for path in checkpoints.iterdir() if _TEMPORARY.fullmatch(path.name))
+    return sorted(path for path in checkpoints.iterdir() if _TEMPORARY.fullmatch(path.name) and path.is_dir())
 
 
 def list_superseded(checkpoints: Path) -> list[Path]:
@@ -160,6 +160,18 @@ def list_superseded(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     return sorted(path for path in checkpoints.iterdir() if _SUPERSEDED.fullmatch(path.name) and path.is_dir())
+
+
+def list_renamed(checkpoints: Path) -> list[Path]:
+    """Folders of any other name: checkpoints that somebody has renamed may be among them."""
+    if not checkpoints.is_dir():
+        return []
+    known = (_NAME, _TEMPORARY, _SUPERSEDED)
+    return sorted(
+        path
+        for path in checkpoints.iterdir()
+        if path.is_dir() and not any(pattern.fullmatch(path.name) for pattern in known)
+    )
 
 
 def is_trimmed(folder: Path) -> bool:

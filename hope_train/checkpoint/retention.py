@@ -19,10 +19,13 @@ from hope_train.checkpoint.manifest import (
     Manifest,
     is_trimmed,
     list_checkpoints,
+    list_renamed,
     list_superseded,
     list_unfinished,
     read_manifest,
+    size_problem,
     sync_folders,
+    wanted_files,
 )
 from hope_train.errors import UserError
 
@@ -49,24 +52,33 @@ class Removal:
         return sum(size_of(path) for path in paths)
 
 
-def removals(checkpoints: Path, keep_last: int | None, keep_every: int = 0, superseded: bool = False) -> list[Removal]:
+def removals(
+    checkpoints: Path,
+    keep_last: int | None,
+    keep_every: int = 0,
+    superseded: bool = False,
+    check_sizes: bool = False,
+) -> list[Removal]:
     """What can go. Reads manifests, changes nothing; what has no readable manifest is left alone.
 
     Args:
         keep_last: how many of the newest checkpoints stay; None: all of them.
         keep_every: each checkpoint whose step is a multiple of it stays too (0: none for that reason).
         superseded: whether those that were set aside may go as well.
+        check_sizes: a checkpoint of which a file is missing or has another size does not count as one of the newest.
     """
     whole = dict(_readable(list_checkpoints(checkpoints)))
-    newest = list(whole)[-keep_last:] if keep_last is not None else list(whole)
+    newest = set(whole) if keep_last is None else _newest(whole, keep_last, check_sizes)
     kept = {
         folder: manifest
         for folder, manifest in whole.items()
         if folder in newest or (keep_every and manifest.step % keep_every == 0)
     }
     aside = {} if superseded else dict(_readable(list_superseded(checkpoints)))
+    # Who has renamed one wants to keep it.
+    naming = kept | aside | dict(_readable(list_renamed(checkpoints)))
     # What one refers to holds the files itself: a reference never leads to another reference.
-    named = {manifest.set_folder(folder, name) for folder, manifest in (kept | aside).items() for name in manifest.sets}
+    named = {manifest.set_folder(folder, name) for folder, manifest in naming.items() for name in manifest.sets}
     candidates = [folder for folder in whole if folder not in kept]
     candidates += [folder for folder in list_checkpoints(checkpoints) if is_trimmed(folder)]
     candidates += [folder for folder in list_superseded(checkpoints) if superseded or is_trimmed(folder)]
@@ -115,6 +127,19 @@ def size_of(path: Path) -> int:
         with suppress(FileNotFoundError):
             total += 0 if file.is_dir() else file.stat().st_size
     return total
+
+
+def _newest(whole: dict[Path, Manifest], count: int, check_sizes: bool) -> set[Path]:
+    """The newest `count` of these, and what is damaged among them."""
+    found: set[Path] = set()
+    for folder in reversed(whole):
+        if count == 0:
+            break
+        found.add(folder)
+        count -= not check_sizes or not any(
+            size_problem(path, record) for path, record in wanted_files(folder, whole[folder]).items()
+        )
+    return found
 
 
 def _readable(folders: Iterable[Path]) -> Iterator[tuple[Path, Manifest]]:

@@ -171,7 +171,15 @@ class TestPrune:
         assert kept == [step_name(7)]
         capsys.readouterr()
 
-    def test_refused_while_a_process_owns_the_run(self, run: Path, capsys: Out) -> None:
+    def test_a_damaged_one_does_not_drive_out_the_last_that_is_whole(self, run: Path, capsys: Out) -> None:
+        (run / "checkpoints" / step_name(7) / "core" / "__0_0.distcp").write_bytes(b"")
+        assert hope("prune", run, "--keep-last", "1") == 0
+        assert capsys.readouterr().out == "nothing to remove\n"
+        verify(run / "checkpoints" / step_name(6))
+
+    def test_refused_while_a_process_owns_the_run(
+        self, run: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         program = (
             "import sys, time\nfrom pathlib import Path\nfrom hope_train.checkpoint.fence import Fence\n"
             "Fence.take(Path(sys.argv[1])); print('taken', flush=True); time.sleep(60)\n"
@@ -182,6 +190,9 @@ class TestPrune:
             assert owner.stdout.readline() == "taken\n"
             before = names(run)
             assert hope("prune", run, "--keep-last", "1", "--force") == 2
+            assert f"in use by process {owner.pid}" in capsys.readouterr().err
+            monkeypatch.chdir(run / "checkpoints")
+            assert hope("prune", ".", "--keep-last", "1") == 2
             assert f"in use by process {owner.pid}" in capsys.readouterr().err
             assert names(run) == before
         finally:

@@ -88,6 +88,14 @@ class TestTrimming:
         for step in (5, 10, 11):
             load_levels(tmp_path / "checkpoints" / step_name(step), step)
 
+    def test_one_that_was_renamed_keeps_what_it_refers_to(self, tmp_path: Path) -> None:
+        writer, _ = make_writer(tmp_path, keep_last=1)
+        save_levels(writer, [4, 6, 7])
+        best = (tmp_path / "checkpoints" / step_name(7)).rename(tmp_path / "checkpoints" / "best")
+        save_levels(writer, [8])
+        assert names(tmp_path) == ["best", step_name(4), step_name(6), step_name(8)]
+        assert verify(best).step == 7
+
     def test_what_would_be_freed_is_known_before(self, tmp_path: Path) -> None:
         writer, _ = make_writer(tmp_path)
         save_levels(writer, [4, 5, 6])
