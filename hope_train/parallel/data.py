@@ -90,12 +90,19 @@ def width(parameter: Tensor, period: int) -> int:
 
 
 def check_traffic(
-    step: Traffic, sizes: Mapping[str, int], periods: Mapping[str, int], due: Iterable[str], applied: bool
+    step: Traffic,
+    sizes: Mapping[str, int],
+    periods: Mapping[str, int],
+    due: Iterable[str],
+    applied: bool,
+    what: str = "reduced",
 ) -> None:
-    """Compare a step's reductions with the schedule: each set that is due once and whole, every other not at all.
+    """Compare a step's reductions, or gathers, with the schedule: each set that is due once and whole, every other not
+    at all.
 
     Args:
-        sizes: bytes of one reduction, by set.
+        sizes: bytes of one of them, by set.
+        what: has been done with them.
 
     Raises RuntimeError naming the set.
     """
@@ -103,7 +110,7 @@ def check_traffic(
     for name, period in periods.items():
         expected = sizes[name] if period == 1 or (name in due and applied) else 0
         if (found := step.bytes.get(name, 0)) != expected:
-            raise RuntimeError(f"{name} (period {period}): {found} bytes were reduced at this step, not {expected}")
+            raise RuntimeError(f"{name} (period {period}): {found} bytes were {what} at this step, not {expected}")
 
 
 @dataclass(eq=False)

@@ -92,6 +92,8 @@ class ShardedData:
         self.rank, self.ranks = dist.get_rank(shard_group), dist.get_world_size(shard_group)
         self.step, self.run, self.gathers = Traffic(), Traffic(), Traffic()
         """Bytes reduced since the step began, and since the beginning; bytes gathered since the beginning."""
+        self.step_gathers = Traffic()
+        """Bytes gathered since the step began."""
         self._last = False
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._slow_units: list[FSDPModule] = []
@@ -156,6 +158,10 @@ class ShardedData:
         self._of = {held.shard: held for held in self.held.values()}
         self.sizes = {name: sum(self._reduced_bytes(unit) for unit in self._units(name)) for name in self.periods}
         """Bytes of one reduction of each set, copies included."""
+        self.kept_sizes = {
+            name: sum(self._gathered_bytes(unit) for unit in self._units(name)) for name in map(set_name, self.kept)
+        }
+        """Bytes of one gather of each set that is kept whole."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -179,7 +185,7 @@ class ShardedData:
 
     def begin(self) -> None:
         """A step begins: its traffic is counted from here on."""
-        self.step = Traffic()
+        self.step, self.step_gathers = Traffic(), Traffic()
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()  # an evaluation leaves the outermost unit gathered
 
@@ -244,11 +250,20 @@ class ShardedData:
                 wholes = [held.unsharded for held in helds if held.unsharded is not None]
                 with torch.no_grad():
                     unit.gather([held.shard.detach() for held in helds], wholes, self.shard_group)
-                self.gathers.add(name, unit.numel * wholes[0].element_size())
+                self.count_gather(name, self._gathered_bytes(helds))
+
+    def count_gather(self, name: str, size: int) -> None:
+        """Note a gather of a set over the sharding group."""
+        for traffic in (self.step_gathers, self.gathers):
+            traffic.add(name, size)
 
     def check(self, due: Iterable[str], applied: bool) -> None:
-        """As `DataParallel.check`. Raises RuntimeError naming the set."""
+        """As `DataParallel.check`; what is kept whole is gathered where it is due, and never else. Raises RuntimeError
+        naming the set."""
+        due = set(due)
         check_traffic(self.step, self.sizes, self.periods, due, applied)
+        kept = {name: self.periods[name] for name in self.kept_sizes}
+        check_traffic(self.step_gathers, self.kept_sizes, kept, due, applied, "gathered")
 
     # Units
 
@@ -267,6 +282,9 @@ class ShardedData:
     def _reduced_bytes(self, helds: Sequence[Held]) -> int:
         size = self._unit_of(helds).numel * width(helds[0].shard, self.periods[helds[0].set])
         return size + (0 if self.replicas is None else size // self.ranks)
+
+    def _gathered_bytes(self, helds: Sequence[Held]) -> int:
+        return self._unit_of(helds).numel * helds[0].shard.element_size()
 
     def _remember(self, level: nn.Module, arguments: Any) -> None:
         """A level that FSDP2 has just gathered is about to compute: with these tensors, which it uses every time."""
@@ -299,5 +317,5 @@ class _ReduceScatter(_Comm):
 
 class _AllGather(_Comm):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False) -> Any:
-        self.data.gathers.add(self.name, output_tensor.numel() * output_tensor.element_size())
+        self.data.count_gather(self.name, output_tensor.numel() * output_tensor.element_size())
         return collectives.all_gather(output_tensor, input_tensor, group=group, async_op=async_op)

@@ -65,11 +65,12 @@ def make_config(
     optimizer: dict[str, Any] | None = None,
     ramp: Sequence[int] = (),
     lr: float = 0.003,
+    model: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> RunConfig:
     """Some layers of four heads, micro-batches of `micro` of `rows` rows of 16 tokens, clipping always active.
 
-    ramp: rows of the first batch, what they grow by, and over how many rows.
+    ramp: rows of the first batch, what they grow by, and over how many rows. model: keys that are otherwise.
     """
     names = ("start_tokens", "increment_tokens", "over_tokens")
     tree = {
@@ -82,6 +83,7 @@ def make_config(
             "tie_embeddings": tied,
             "init_std": 0.1,
             **MODELS[arch],
+            **(model or {}),
         },
         "optimizer": {"lr": lr, "schedule": {"kind": "cosine", "warmup_tokens": 256}, **(optimizer or {})},
         "train": {
@@ -231,9 +233,9 @@ def counted(arch: str, steps: int, **options: Any) -> dict[str, Any]:
     }
 
 
-def reduced_twice() -> str:
-    """A level is reduced at a step where it is not due: what the check says."""
-    config = make_config("hope_attention")
+def unexpected(gathered: bool = False, **parallel: Any) -> str:
+    """A level is reduced (or gathered) at a step where it is not due: what the check says."""
+    config = make_config("hope_attention", **parallel)
     engine = open_engine(config, "float32")
     source: Any = RandomBatches(config)
     engine.optimizer.materialize_state()
@@ -241,7 +243,10 @@ def reduced_twice() -> str:
 
     def meddle() -> None:
         plain()
-        ranks.reduce_accumulators("level_1", [torch.zeros(3)])
+        if gathered:
+            ranks.changed(["level_1"])
+        else:
+            ranks.reduce_accumulators("level_1", [torch.zeros(3)])
 
     engine.finish_backward = meddle  # type: ignore[method-assign]
     try:

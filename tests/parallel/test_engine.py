@@ -197,8 +197,10 @@ def test_traffic_of_a_level_is_one_reduction_per_period(gang: Gang) -> None:
 
 
 def test_unexpected_traffic_stops_the_run(gang: Gang) -> None:
-    messages = gang.run(cases.reduced_twice, 2)
-    assert all("level_1 (period 2)" in message for message in messages)
+    for options, done in (({}, "reduced"), ({"gathered": True, "dp_shard": 2}, "gathered")):
+        for message in gang.run(cases.unexpected, 2, **options):
+            assert "level_1 (period 2)" in message
+            assert f"bytes were {done} at this step, not 0" in message
 
 
 @pytest.mark.parametrize("name", ["embed.weight", "blocks.1.cms.levels.2.up.weight"])
