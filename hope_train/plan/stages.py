@@ -58,14 +58,15 @@ def splits_backward(config: RunConfig) -> bool:
 
 
 def stage_layers(config: RunConfig) -> tuple[int, ...]:
-    """Layers of every part from the first to the last: `parallel.layers_per_stage`, or balanced by cost.
+    """Layers of every part from the first to the last: `parallel.layers_per_stage`, or balanced by cost. All of them
+    without a pipeline.
 
     Raises UserError when there are fewer layers than parts, or the layers given do not add up.
     """
     layers, parallel = config.model.n_layers, config.parallel
     parts = part_count(parallel)
     given = parallel.layers_per_stage
-    if given is None:
+    if given is None or parallel.pp == 1:
         layer, head = training_costs(config)
         return balanced([layer] * layers, parts, last=head)
     if len(given) != parts:

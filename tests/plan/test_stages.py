@@ -75,6 +75,8 @@ def test_layers_given_are_taken_and_checked():
     path = FOLDER / "hope_1b3.yaml"
     good = load_config(path, ["parallel.pp=3", "parallel.layers_per_stage=[10,8,6]"])
     assert stage_layers(good) == (10, 8, 6)
+    # The same file without a pipeline, as the engine takes it.
+    assert stage_layers(load_config(path, ["parallel.layers_per_stage=[10,8,6]"])) == (24,)
     with pytest.raises(UserError, match=r"has 2 entries.* makes 3 parts"):
         stage_layers(load_config(path, ["parallel.pp=3", "parallel.layers_per_stage=[12,12]"]))
     with pytest.raises(UserError, match=r"adds up to 23 layers: model\.n_layers=24"):
