@@ -63,13 +63,23 @@ class Mesh:
 
 
 def world_size() -> int:
-    """Processes of this job, by the environment that torchrun (or a launcher like it) makes."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of this job, by the environment that torchrun (or a launcher like it) makes. Raises UserError."""
+    return dist.get_world_size() if dist.is_initialized() else _told("WORLD_SIZE", default=1, least=1)
 
 
 def process_rank() -> int:
-    """This process's number in the job."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    """This process's number in the job. Raises UserError."""
+    return dist.get_rank() if dist.is_initialized() else _told("RANK", default=0, least=0)
+
+
+def _told(name: str, default: int, least: int) -> int:
+    """A number that a launcher has put into the environment."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name}={text} in the environment is not a launcher's: start with torchrun, or unset {name}")
+    return int(text)
 
 
 def open_mesh(config: RunConfig, device: torch.device, training: bool = True) -> Mesh:

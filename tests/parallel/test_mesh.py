@@ -36,6 +36,13 @@ def test_half_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         open_mesh(make_config("hope"), CPU)
 
 
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("RANK", "")])
+def test_an_environment_that_is_no_launcher_s_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}={value} in the environment is not a launcher's"):
+        world_size(), process_rank()
+
+
 def test_a_process_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
