@@ -110,7 +110,13 @@ def differences(one: Any, other: Any, prefix: str = "") -> Changes:
         for name in dict.fromkeys([*one, *other]):
             found |= differences(one.get(name), other.get(name), f"{prefix}{name}.")
         return found
+    if _sections(one) and _sections(other) and len(one) == len(other):  # as the levels are: which of them, and in what
+        return differences(dict(enumerate(one)), dict(enumerate(other)), prefix)
     return {} if one == other else {prefix.removesuffix(".") or "everything": (one, other)}
+
+
+def _sections(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def serious(changed: Changes) -> Changes:

@@ -17,6 +17,7 @@ from hope_train.checkpoint.manifest import verify
 from hope_train.checkpoint.store import load_model
 from hope_train.errors import UserError
 from hope_train.generate import generate_command
+from hope_train.train import rundir
 from hope_train.train import session as session_module
 from tests.train.tiny import STEPS, WORDS, Tiny, assert_same_run, assert_same_tensors, lines
 
@@ -205,6 +206,13 @@ class TestResume:
         assert "is of another model" in refused(tiny, "b", *tiny.model("transformer_pp"), resume=path)
         message = refused(tiny, "b", "model.cms.levels.1.period=3", resume=path, force=True)
         assert "level_1 has period 2 in the checkpoint and 3" in message
+
+    def test_of_levels_it_is_said_which_and_in_what(self) -> None:
+        levels = [{"width": 8, "period": 1}, {"width": 8, "period": 2}]
+        others = [levels[0], {**levels[1], "period": 4}]
+        assert rundir.differences({"levels": levels}, {"levels": others}) == {"levels.1.period": (2, 4)}
+        assert rundir.differences({"levels": levels}, {"levels": levels[:1]}) == {"levels": (levels, levels[:1])}
+        assert rundir.differences({"betas": [0.9, 0.95]}, {"betas": [0.9, 0.99]}).keys() == {"betas"}
 
     def test_other_settings_are_named(self, tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
         assert tiny.train("a", "train.tokens=256", "checkpoint.every=1") == 0
