@@ -103,6 +103,15 @@ def test_growing_batches(gang: Gang, layout: str) -> None:
     check(gang, "hope_attention", "float64", True, *LAYOUTS[layout], micro=1, ramp=(2, 2, 15))
 
 
+def test_a_rank_without_a_row_of_a_parameter(gang: Gang) -> None:
+    # One head on two ranks, as under tp and sharding together: its memories are on the first of them.
+    options = {"dp_shard": 2, "keep_gathered": "never"}
+    shape = {"micro": 1, "rows": 4, "model": {"n_heads": 1, "d_model": 16}}
+    expected = cases.train("hope", "float64", tied=True, **shape)
+    for found in gang.run(cases.train, 2, arch="hope", dtype="float64", tied=True, **options, **shape):
+        compare(found, expected, "float64", 2)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
