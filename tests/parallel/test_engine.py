@@ -114,6 +114,14 @@ def test_a_rank_without_a_row_of_a_parameter(gang: Gang) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize(("arch", "tied"), [(arch, number % 2 == 0) for number, arch in enumerate(MODELS)])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_copies_of_sharded_parts(gang_of_8: Gang, arch: str, dtype: str, tied: bool) -> None:
+    check(gang_of_8, arch, dtype, tied, 8, {"tp": 2, "dp_shard": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("arch", "layout", "tied"),
     # the embedding tied for every other model, so that each layout has both
