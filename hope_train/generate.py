@@ -148,15 +148,15 @@ def generate_command(
     """
     check_sampling(max_tokens, temperature, top_p)
     from hope_train.parallel.mesh import process_rank, world_size
-    from hope_train.parallel.team import SharedError, Team
+    from hope_train.parallel.team import SharedError, Team, leave_to_first
 
     def speak() -> int:
         return _speak(run, overrides, prompt, max_tokens, temperature, top_p, seed, as_json)
 
     try:
         return Team(process_rank(), world_size()).alike(speak)
-    except SharedError:
-        return 2
+    except SharedError as error:
+        return leave_to_first(error)
 
 
 def _speak(

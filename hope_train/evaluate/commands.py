@@ -61,7 +61,7 @@ def eval_command(
     """
     from hope_train.parallel.mesh import process_rank, world_size
     from hope_train.parallel.slurm import adopt_step
-    from hope_train.parallel.team import SharedError, Team
+    from hope_train.parallel.team import SharedError, Team, leave_to_first
 
     adopt_step(os.environ)
     asked = {"wikitext": wikitext, "protocols": list(protocols) or None, "stateful": stateful or None, "pages": pages}
@@ -72,8 +72,8 @@ def eval_command(
 
     try:
         return Team(process_rank(), world_size()).alike(measure)
-    except SharedError:
-        return 2
+    except SharedError as error:
+        return leave_to_first(error)
 
 
 def _eval(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,8 +17,26 @@ from hope_train.errors import UserError
 T = TypeVar("T")
 
 
+ENDING_S = 30.0
+"""How long a rank waits under torchrun for rank 0 to report a mistake."""
+
+
 class SharedError(UserError):
     """A mistake of the user's that rank 0 reports: this rank only has to stop."""
+
+
+def leave_to_first(error: SharedError) -> int:
+    """End a rank that has nothing to say; returns the exit code.
+
+    torchrun ends all ranks of a node as soon as one has ended: rank 0, which may still be starting, would be cut short
+    before it has said what is wrong. So this rank waits for that end. If it does not come rank 0 has found nothing
+    wrong, or is on another node, and this rank says it (the first of its node).
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        time.sleep(ENDING_S)
+        if os.environ.get("GROUP_RANK") == "0" or os.environ.get("LOCAL_RANK") == "0":
+            print(f"error: rank {os.environ.get('RANK')}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
 
 
 class Team:

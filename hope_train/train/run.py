@@ -22,7 +22,7 @@ from hope_train.evaluate.run_files import pick_device
 from hope_train.parallel.engines import check_engine
 from hope_train.parallel.mesh import Mesh, close_mesh, open_mesh, process_rank, world_size
 from hope_train.parallel.slurm import adopt_step
-from hope_train.parallel.team import SharedError, Team
+from hope_train.parallel.team import SharedError, Team, leave_to_first
 from hope_train.train import rundir
 from hope_train.train.display import Display
 from hope_train.train.evaluation import FIGURES
@@ -62,8 +62,8 @@ def train_command(config: str, overrides: Sequence[str], resume: str, force_conf
         team.alike(lambda: check_engine(settings, sizes))
         mesh = open_mesh(settings, pick_device(settings.train.device))
         code = train_on(mesh, settings, resume, force_config, as_json)
-    except SharedError:
-        return WRONG_INPUT
+    except SharedError as error:
+        return leave_to_first(error)
     close_mesh()
     return code
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hope_train.errors import UserError
-from hope_train.parallel.team import Team
+from hope_train.parallel import team
+from hope_train.parallel.team import SharedError, Team
 from tests.parallel import jobs
 from tests.parallel.harness import Gang
 
@@ -20,6 +21,25 @@ def test_a_mistake_on_one_rank_is_everybodys_and_the_first_reports_it(gang: Gang
 
 def test_what_the_first_finds_and_what_all_say(gang: Gang) -> None:
     assert gang.run(jobs.found_and_said, 3) == [({"from": 0}, [2, 0], 3)] * 3
+
+
+def test_torchrun_does_not_end_the_first_before_it_has_spoken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(team.time, "sleep", waited.append)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert team.leave_to_first(SharedError("no file x")) == 2
+    assert waited == []
+    # The first rank has not ended: it is on another node, and the first of this one speaks for it.
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("GROUP_RANK", "1"), ("LOCAL_RANK", "1"), ("RANK", "9")):
+        monkeypatch.setenv(name, value)
+    assert team.leave_to_first(SharedError("no file x")) == 2
+    assert waited == [team.ENDING_S]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert team.leave_to_first(SharedError("no file x")) == 2
+    assert capsys.readouterr().err == "error: rank 9: no file x\n"
 
 
 def test_one_process_asks_nobody() -> None:
