@@ -29,12 +29,14 @@ def leave_to_first(error: SharedError) -> int:
     """End a rank that has nothing to say; returns the exit code.
 
     torchrun ends all ranks of a node as soon as one has ended: rank 0, which may still be starting, would be cut short
-    before it has said what is wrong. So this rank waits for that end. If it does not come rank 0 has found nothing
-    wrong, or is on another node, and this rank says it (the first of its node).
+    before it has said what is wrong. So the ranks of its node wait for that end; one that it does not come to says what
+    is wrong itself. On other nodes, where a file may be missing that is there on rank 0's, the first rank says it.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        time.sleep(ENDING_S)
-        if os.environ.get("GROUP_RANK") == "0" or os.environ.get("LOCAL_RANK") == "0":
+        beside_first = os.environ.get("GROUP_RANK") == "0"
+        if beside_first:
+            time.sleep(ENDING_S)
+        if beside_first or os.environ.get("LOCAL_RANK") == "0":
             print(f"error: rank {os.environ.get('RANK')}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 

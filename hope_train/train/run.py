@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hope_train.checkpoint.fence import FencedError, refuse_if_in_use
+from hope_train.checkpoint.fence import CLAIM, FencedError, refuse_if_in_use
 from hope_train.checkpoint.manifest import CHECKPOINTS, list_checkpoints, step_of
 from hope_train.checkpoint.writer import SaveError
 from hope_train.config.load import load_config
@@ -63,7 +63,8 @@ def train_command(config: str, overrides: Sequence[str], resume: str, force_conf
         mesh = open_mesh(settings, pick_device(settings.train.device))
         code = train_on(mesh, settings, resume, force_config, as_json)
     except SharedError as error:
-        return leave_to_first(error)
+        # Ranks that `hope launch` has started wait for the first one themselves.
+        return WRONG_INPUT if CLAIM in os.environ else leave_to_first(error)
     close_mesh()
     return code
 

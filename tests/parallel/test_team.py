@@ -31,15 +31,15 @@ def test_torchrun_does_not_end_the_first_before_it_has_spoken(
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert team.leave_to_first(SharedError("no file x")) == 2
     assert waited == []
-    # The first rank has not ended: it is on another node, and the first of this one speaks for it.
-    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("GROUP_RANK", "1"), ("LOCAL_RANK", "1"), ("RANK", "9")):
-        monkeypatch.setenv(name, value)
-    assert team.leave_to_first(SharedError("no file x")) == 2
-    assert waited == [team.ENDING_S]
-    assert capsys.readouterr().err == ""
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert team.leave_to_first(SharedError("no file x")) == 2
-    assert capsys.readouterr().err == "error: rank 9: no file x\n"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    # (node, rank there, whether it waits for the first rank's end, whether it speaks where that does not come)
+    for node, place, waits, speaks in ((0, 1, 1, 1), (1, 0, 0, 1), (1, 1, 0, 0)):
+        for name, value in (("GROUP_RANK", node), ("LOCAL_RANK", place), ("RANK", 8 * node + place)):
+            monkeypatch.setenv(name, str(value))
+        waited.clear()
+        assert team.leave_to_first(SharedError("no file x")) == 2
+        assert waited == [team.ENDING_S] * waits
+        assert capsys.readouterr().err == f"error: rank {8 * node + place}: no file x\n" * speaks
 
 
 def test_one_process_asks_nobody() -> None:
