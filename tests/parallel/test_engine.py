@@ -213,6 +213,15 @@ def test_traffic_of_a_level_is_one_reduction_per_period(gang: Gang) -> None:
             assert carried == sum(found["sizes"][level] for level in due), step
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_memories(gang: Gang) -> None:
+    case: dict[str, Any] = {"arch": "hope", "dtype": "float32", "tied": True, "steps": 3}
+    expected = cases.train(**case)
+    for found in gang.run(cases.train, 2, timeout=500, compiled=True, tp=2, **case):
+        compare(found, expected, "float32", 1)
+
+
 def test_unexpected_traffic_stops_the_run(gang: Gang) -> None:
     for options, done in (({}, "reduced"), ({"gathered": True, "dp_shard": 2}, "gathered")):
         for message in gang.run(cases.unexpected, 2, **options):
