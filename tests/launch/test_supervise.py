@@ -214,9 +214,12 @@ def test_a_cancellation_is_not_lost_to_a_time_limit(start: Start, tmp_path: Path
     (tmp_path / "signals").write_text("USR1\n")
 
     def during(_: Here) -> None:
-        Places(tmp_path / "run").note("cancelled", job="7", saving=True)
+        places = Places(tmp_path / "run")
+        while not any(event["event"] == "ranks" for event in places.events()):  # before, nothing would be started
+            time.sleep(0.001)
+        places.note("cancelled", job="7", saving=True)
 
-    code, backend, places = start(OBEYS, during)
+    code, backend, places = start("time.sleep(0.5)" + OBEYS, during)
     assert (code, backend.again) == (0, False)
     assert ends(places)[-1]["reason"] == "stopped on request (cancelled)"
     _, backend, places = start("sys.exit(9)")  # it had gone back to the queue before it was cancelled
